@@ -1,0 +1,376 @@
+"""Preference text -> token pairs, and a whole dataset of them, tokenised once.
+
+The ids are those of TRL's ORPO (`ORPOTrainer.tokenize_row`), where those are right:
+
+* `prompt + response` is tokenised in one piece, and the response begins at the first token that the prompt on its
+  own does not have. A tokenizer that merges over the border gives the merged token to the response.
+* BOS stands once at the front if the tokenizer has one, whether or not the text brought it.
+* EOS stands once at the end. TRL looks only at the last token and adds a second EOS to a turn of ChatML, which ends
+  with `<|im_end|>\\n`; here an EOS with nothing but white space behind it counts.
+* Too long a pair is cut as `orpo_ds.data.truncate` says.
+
+`tokenize_dataset` keeps its result under a key made of everything the ids depend on, so that a second start, another
+rank or another job maps the same files into memory instead of tokenising again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from orpo_ds.data import preference as preference_module
+from orpo_ds.data import truncate as truncate_module
+from orpo_ds.data.preference import (
+    OPTIONAL_COLUMNS,
+    REQUIRED_COLUMNS,
+    Preference,
+    RowError,
+    check_columns,
+    common_prefix_length,
+    to_preference,
+)
+from orpo_ds.data.token_dataset import FEATURES, PairLengths, TokenDataset, build_once
+from orpo_ds.data.truncate import TokenizeOptions, TokenPair, truncate_pair
+
+__all__ = [
+    "PairLengths",
+    "TokenDataset",
+    "TokenPair",
+    "TokenizeOptions",
+    "tokenize_dataset",
+    "tokenize_pair",
+]
+
+logger = logging.getLogger(__name__)
+
+# Rows a worker holds as Python lists at one time: 10^5 to 10^6 ids, enough for the tokenizer's threads.
+MAP_BATCH_ROWS = 256
+
+
+def tokenize_pair(
+    preference: Preference,
+    *,
+    processing_class: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    row_number: int,
+) -> TokenPair:
+    """Tokenise and truncate one pair.
+
+    Raises:
+        RowError: see `orpo_ds.data.truncate.truncate_pair`; also an empty response, or an id beyond `vocab_size`.
+        ValueError: the tokenizer has no EOS token.
+    """
+    [encoded] = _encode([preference], processing_class=processing_class, options=options)
+    return _assemble(encoded, processing_class=processing_class, options=options, row_number=row_number)
+
+
+def tokenize_dataset(
+    rows: datasets.Dataset,
+    *,
+    processing_class: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    unusable: Literal["error", "drop"],
+    cache_dir: str | Path | None = None,
+    num_proc: int | None = None,
+) -> TokenDataset:
+    """Tokenise all rows, or open what an earlier start made of them.
+
+    Memory does not grow with the number of rows: ids go to Arrow files and lengths to .npy files, both memory-mapped.
+    Processes that start together take turns at a file lock; one tokenises, the others open its files.
+
+    Args:
+        rows: a map-style dataset in any shape of `orpo_ds.data.preference`; other columns are ignored.
+        processing_class: the tokenizer.
+        options: limits and model kind.
+        unusable: refuse the dataset when it has rows that cannot be used, or drop them with a warning. Both count
+            them by reason.
+        cache_dir: where to keep the result; default `orpo_ds` inside the cache of `datasets`.
+        num_proc: processes to tokenise with.
+
+    Raises:
+        ValueError: no rows, no such columns, unusable rows under "error", no usable row at all, no chat template for
+            conversations, or no EOS token.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        raise ValueError(
+            f"the dataset must be a datasets.Dataset with a length, got {type(rows).__name__}: load one split, "
+            "without streaming"
+        )
+    check_columns(rows.column_names)
+    if len(rows) == 0:
+        raise ValueError("the dataset has no rows: nothing to train on. Check the file and the split")
+    if not options.is_encoder_decoder:
+        _eos_token_id(processing_class)
+    known = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in rows.column_names]
+    rows = rows.select_columns(known).with_format(None)
+
+    root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds"
+    key = _cache_key(rows, processing_class=processing_class, options=options)
+
+    def tokenize_into(folder: Path) -> datasets.Dataset:
+        return rows.map(
+            _TokenizeBatch(processing_class, options),
+            with_indices=True,
+            batched=True,
+            batch_size=MAP_BATCH_ROWS,
+            remove_columns=known,
+            features=FEATURES,
+            cache_file_name=str(folder / "pairs.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=key,
+            num_proc=num_proc,
+            desc="Tokenising",
+        )
+
+    tokenized = build_once(root / key, tokenize_into)
+    _report_unusable(tokenized, unusable=unusable, num_rows=len(rows))
+    return tokenized
+
+
+class _TokenizeBatch:
+    """The function that `Dataset.map` runs: a batch of rows -> columns of `FEATURES`, a line for every row."""
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions) -> None:
+        self.processing_class = processing_class
+        self.options = options
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        preferences: dict[int, Preference] = {}
+        lines: dict[int, dict[str, Any]] = {}
+        for position, row_number in enumerate(indices):
+            row = {name: values[position] for name, values in batch.items()}
+            try:
+                preferences[row_number] = to_preference(
+                    row, processing_class=self.processing_class, row_number=row_number
+                )
+            except RowError as error:
+                lines[row_number] = _refused_line(error)
+        encoded_rows = _encode(
+            list(preferences.values()), processing_class=self.processing_class, options=self.options
+        )
+        for row_number, encoded in zip(preferences, encoded_rows, strict=True):
+            try:
+                lines[row_number] = _line(
+                    _assemble(
+                        encoded,
+                        processing_class=self.processing_class,
+                        options=self.options,
+                        row_number=row_number,
+                    )
+                )
+            except RowError as error:
+                lines[row_number] = _refused_line(error)
+        return {name: [lines[row_number][name] for row_number in indices] for name in FEATURES}
+
+
+def _line(pair: TokenPair) -> dict[str, Any]:
+    # The trunk is stored once.
+    return {
+        "chosen": pair.chosen,
+        "rejected_branch": pair.rejected[pair.trunk :],
+        "chosen_start": pair.chosen_start,
+        "rejected_start": pair.rejected_start,
+        "trunk": pair.trunk,
+        "reason": None,
+        "detail": None,
+    }
+
+
+def _refused_line(error: RowError) -> dict[str, Any]:
+    return {
+        "chosen": [],
+        "rejected_branch": [],
+        "chosen_start": 0,
+        "rejected_start": 0,
+        "trunk": 0,
+        "reason": error.reason,
+        "detail": error.detail,
+    }
+
+
+# Ids of (prompt, chosen, rejected): the full texts for a decoder-only model, the three parts for an encoder-decoder.
+_Encoded = tuple[list[int], list[int], list[int]]
+
+
+def _encode(
+    preferences: Sequence[Preference], *, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions
+) -> list[_Encoded]:
+    """Run the tokenizer over many pairs at once: a fast tokenizer uses all cores for one long list of texts."""
+    if not preferences:
+        return []
+    prompts = [preference.prompt for preference in preferences]
+    if options.is_encoder_decoder:
+        limit = options.max_completion_length
+        cut = {"truncation": True, "max_length": limit} if limit is not None else {}
+        prompt_ids = processing_class(prompts, add_special_tokens=True, verbose=False)["input_ids"]
+        responses = [p.chosen for p in preferences] + [p.rejected for p in preferences]
+        response_ids = processing_class(responses, add_special_tokens=True, verbose=False, **cut)["input_ids"]
+    else:
+        prompt_ids = processing_class(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+        responses = [p.prompt + p.chosen for p in preferences] + [p.prompt + p.rejected for p in preferences]
+        response_ids = processing_class(responses, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(preferences)
+    return list(zip(prompt_ids, response_ids[:count], response_ids[count:], strict=True))
+
+
+def _assemble(
+    encoded: _Encoded,
+    *,
+    processing_class: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    row_number: int,
+) -> TokenPair:
+    """From ids as the tokenizer gave them to a pair that is complete, cut and checked."""
+    prompt, chosen, rejected = encoded
+    if options.is_encoder_decoder:
+        head = int(bool(prompt) and prompt[0] == processing_class.bos_token_id)
+        tail = int(len(prompt) > head and prompt[-1] == processing_class.eos_token_id)
+        chosen_start = rejected_start = len(prompt)
+        chosen, rejected = prompt + chosen, prompt + rejected
+    else:
+        chosen, chosen_start = _decoder_sequence(prompt, chosen, "chosen", processing_class, row_number)
+        rejected, rejected_start = _decoder_sequence(
+            prompt, rejected, "rejected", processing_class, row_number
+        )
+        head, tail = int(processing_class.bos_token_id is not None), 0
+    pair = truncate_pair(
+        chosen,
+        rejected,
+        chosen_start=chosen_start,
+        rejected_start=rejected_start,
+        head=head,
+        tail=tail,
+        options=options,
+        row_number=row_number,
+    )
+    if options.vocab_size is not None:
+        highest = max(max(pair.chosen), max(pair.rejected))
+        if highest >= options.vocab_size:
+            raise RowError(
+                reason="id_beyond_vocabulary",
+                row=row_number,
+                detail=f"token id {highest} ({processing_class.convert_ids_to_tokens(highest)!r}) has no row in an "
+                f"embedding of {options.vocab_size}: resize the embedding, or use the model's own tokenizer",
+            )
+    return pair
+
+
+def _decoder_sequence(
+    prompt: list[int],
+    full: list[int],
+    name: str,
+    processing_class: PreTrainedTokenizerBase,
+    row_number: int,
+) -> tuple[list[int], int]:
+    """Ids of prompt + response with BOS and EOS, and where the response begins.
+
+    TRL puts the border at len(prompt), or one before it when the prompt's ids changed. The length of what they share
+    is the same number then, and is still right when a merge changed more than one token.
+    """
+    start = common_prefix_length(prompt, full)
+    if start == len(full):
+        raise RowError(reason="empty_response", row=row_number, detail=f"{name} has text but no tokens")
+    if not _ends_with_eos(full[start:], processing_class):
+        full = [*full, _eos_token_id(processing_class)]
+    bos = processing_class.bos_token_id
+    if bos is not None and (start == 0 or full[0] != bos):
+        return [bos, *full], start + 1
+    return full, start
+
+
+def _ends_with_eos(response: list[int], processing_class: PreTrainedTokenizerBase) -> bool:
+    """Whether a response already ends its turn: an EOS with at most white space behind it."""
+    eos = _eos_token_id(processing_class)
+    if eos not in response:
+        return False
+    behind = response[len(response) - response[::-1].index(eos) :]
+    text = processing_class.decode(behind)
+    assert isinstance(text, str)
+    return not text.strip()
+
+
+def _eos_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+    eos = processing_class.eos_token_id
+    if not isinstance(eos, int):
+        raise ValueError(
+            f"the tokenizer {processing_class.name_or_path!r} has no EOS token, so the model could not learn to stop. "
+            "Set tokenizer.eos_token"
+        )
+    return eos
+
+
+def _report_unusable(tokenized: TokenDataset, *, unusable: Literal["error", "drop"], num_rows: int) -> None:
+    """Refuse or announce the rows that were left out, counted by reason with their numbers."""
+    if not tokenized.refused:
+        return
+    count = sum(len(numbers) for numbers in tokenized.refused.values())
+    reasons = "\n".join(
+        f"  {reason}: {len(numbers)} (row {_first_numbers(numbers)}). {tokenized.example_details[reason]}"
+        for reason, numbers in tokenized.refused.items()
+    )
+    summary = f"{count} of {num_rows} rows cannot be used (rows count from 0):\n{reasons}"
+    if count == num_rows:
+        raise ValueError(f"no row of the dataset can be used. {summary}")
+    if unusable == "error":
+        raise ValueError(f'{summary}\nRepair them, or leave them out with unusable_rows="drop"')
+    logger.warning("Dropped: %s", summary)
+
+
+def _first_numbers(numbers: Sequence[int]) -> str:
+    shown = ", ".join(str(number) for number in numbers[:10])
+    return shown + (", …" if len(numbers) > 10 else "")
+
+
+def _cache_key(
+    rows: datasets.Dataset, *, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions
+) -> str:
+    """Name of the cache entry: a hash of all that the ids depend on.
+
+    The fingerprint of `datasets` stands for the rows (content in memory, or files with their time of change, and
+    every transform since). The files of this package that make ids are hashed themselves, so that nobody has to
+    remember to raise a version.
+    """
+    sources = (Path(__file__), Path(preference_module.__file__), Path(truncate_module.__file__))
+    parts = {
+        "rows": rows._fingerprint,
+        "tokenizer": _tokenizer_hash(processing_class),
+        "options": asdict(options),
+        "code": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_hash(processing_class: PreTrainedTokenizerBase) -> str:
+    """Hash of the tokenizer's content: vocabulary, rules, special tokens, template; not the path it came from."""
+    kind = type(processing_class)
+    settings = {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "special_tokens": {name: str(token) for name, token in processing_class.special_tokens_map.items()},
+        "added_tokens": processing_class.get_added_vocab(),
+        "chat_template": processing_class.chat_template,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    if isinstance(processing_class, PreTrainedTokenizerFast):
+        # The last call leaves its truncation and padding in the tokenizer; they are no part of what it is.
+        rules = copy.deepcopy(processing_class.backend_tokenizer)
+        rules.no_truncation()
+        rules.no_padding()
+        digest.update(rules.to_str().encode())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for file in sorted(processing_class.save_vocabulary(folder)):
+                digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
