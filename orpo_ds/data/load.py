@@ -1,8 +1,8 @@
 """A name -> the rows of one split.
 
-The name may be a file, a glob of files, a folder (of data files, or made by `save_to_disk`), or a dataset on the
-hub. `datasets` does the reading and the caching. This module finds out which of them is meant, and says what is wrong
-in terms of the user's file where `datasets` speaks of its own insides.
+The name may be a file, a glob of files, a folder (of data files, or made by `save_to_disk`), or a dataset on
+the hub. `datasets` does the reading and the caching. This module finds out which of them is meant, and says
+what is wrong in terms of the user's file where `datasets` speaks of its own insides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 BUILDERS = {
@@ -32,14 +32,15 @@ def load_rows(name: str, *, split: str, config_name: str | None = None) -> datas
     """Load one split of a dataset.
 
     Args:
-        name: a .json, .jsonl, .csv, .parquet or .arrow file (JSON and CSV also compressed), a glob of such files, a
-            folder, or a hub id.
+        name: a .json, .jsonl, .csv, .parquet or .arrow file (JSON and CSV also compressed), a glob of such
+            files, a folder, or a hub id.
         split: "train", "test", …; slices such as "train[:10%]" work. Files and globs are one split, "train".
         config_name: configuration of a hub dataset that has several.
 
     Raises:
-        ValueError: nothing of that name (with the nearest name that exists), an unknown split (with those that
-            exist), no rows, a line that is not JSON (with its number), or files that do not fit together.
+        ValueError: nothing of that name (with the nearest name that exists), an unknown split (with those
+            that exist), no rows, a line that is not JSON (with its number), or files that do not fit
+            together.
     """
     path = Path(name).expanduser()
     if glob.has_magic(name):
@@ -122,8 +123,8 @@ def _load_from_hub(name: str, *, split: str, config_name: str | None) -> dataset
         rows = datasets.load_dataset(name, config_name, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(
-            f"{name!r} is no file or folder here{_nearest(Path(name))}, and no dataset that can be reached on the hub: "
-            f"{error}"
+            f"{name!r} is no file or folder here{_nearest(Path(name))}, and no dataset that can be reached on "
+            f"the hub: {error}"
         ) from error
     except ValueError as error:  # unknown split or configuration: the message lists those that exist
         raise ValueError(f"the hub's dataset {name!r}: {error}") from error
@@ -184,8 +185,8 @@ def _explain_json(files: list[Path]) -> None:
             unknown = [key for key in value if kinds and key not in kinds]
             if unknown:
                 raise ValueError(
-                    f"{place} has the columns {unknown}, which the first line does not have ({list(kinds)}): give "
-                    "all lines the same columns, with null where a value is missing"
+                    f"{place} has the columns {unknown}, which the first line does not have ({list(kinds)}): "
+                    "give all lines the same columns, with null where a value is missing"
                 )
             for key, held in value.items():
                 kind = _json_type(held)

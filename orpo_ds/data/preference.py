@@ -7,19 +7,18 @@ TRL documents four shapes of a row, and every one of them ends here as the same 
     conversational, explicit   prompt: [message, …]    chosen: [message, …]     rejected: [message, …]
     conversational, implicit                           chosen: [message, …]     rejected: [message, …]
 
-An implicit prompt is what chosen and rejected have in common. A `prompt` string beside conversational responses is
-only a copy of the question (UltraFeedback has one) and is ignored, as in TRL. `tools` and `chat_template_kwargs` go
-to the template; every other column is nobody's business.
+An implicit prompt is what chosen and rejected have in common. A `prompt` string beside conversational
+responses is only a copy of the question (UltraFeedback has one) and is ignored, as in TRL. `tools` and
+`chat_template_kwargs` go to the template; every other column is nobody's business.
 
-A row that cannot become three strings raises `RowError` with a reason that can be counted. What is wrong with the
-whole run (no chat template at all, no such column) is a plain ValueError.
+A row that cannot become three strings raises `RowError` with a reason that can be counted. What is wrong with
+the whole run (no chat template at all, no such column) is a plain ValueError.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -84,8 +83,8 @@ def check_columns(columns: Sequence[str]) -> None:
     near = {name: difflib.get_close_matches(name, columns, n=1, cutoff=0.5) for name in missing}
     hints = [f"rename {found[0]!r} to {name!r}" for name, found in near.items() if found]
     raise ValueError(
-        f"a preference dataset needs the columns {list(REQUIRED_COLUMNS)} (and may have {list(OPTIONAL_COLUMNS)}); "
-        f"{missing} not found among {list(columns)}. "
+        f"a preference dataset needs the columns {list(REQUIRED_COLUMNS)} (and may have "
+        f"{list(OPTIONAL_COLUMNS)}); {missing} not found among {list(columns)}. "
         + ("Perhaps: " + "; ".join(hints) if hints else "Rename the columns, or choose another dataset")
     )
 
@@ -95,9 +94,9 @@ def to_preference(
 ) -> Preference:
     """Bring one row of any of the four shapes to text.
 
-    The texts are those of TRL 1.16 (`maybe_extract_prompt`, then `maybe_apply_chat_template`), with two differences:
-    `tools` reach the template (TRL's ORPO forgets the column), and keys that Arrow filled with null because another
-    row has them are taken out before the template sees them.
+    The texts are those of TRL 1.16 (`maybe_extract_prompt`, then `maybe_apply_chat_template`), with two
+    differences: `tools` reach the template (TRL's ORPO forgets the column), and keys that Arrow filled with
+    null because another row has them are taken out before the template sees them.
 
     Args:
         row: the row; values as `datasets` gives them.
@@ -114,18 +113,20 @@ def to_preference(
             reason="identical_responses", row=row_number, detail="chosen and rejected are the same text"
         )
     if isinstance(chosen, str):
-        assert isinstance(prompt, str) and isinstance(rejected, str)
+        assert isinstance(prompt, str)
+        assert isinstance(rejected, str)
         for name, response in (("chosen", chosen), ("rejected", rejected)):
             if not response.strip():
                 raise _empty_response(name, row_number)
         return Preference(prompt, chosen, rejected)
 
-    assert not isinstance(prompt, str) and not isinstance(rejected, str)
+    assert isinstance(prompt, list)
+    assert isinstance(rejected, list)
     _check_conversation(prompt, chosen, rejected, row_number)
     if processing_class.chat_template is None:
         raise ValueError(
-            f"row {row_number} is a conversation, and the tokenizer {processing_class.name_or_path!r} has no chat "
-            "template. Set chat_template_path to a Jinja file or to a model whose tokenizer has one"
+            f"row {row_number} is a conversation, and the tokenizer {processing_class.name_or_path!r} has no "
+            "chat template. Set chat_template_path to a Jinja file or to a model whose tokenizer has one"
         )
     return _render(
         prompt, chosen, rejected, row=row, processing_class=processing_class, row_number=row_number
@@ -164,7 +165,7 @@ def _prompt_and_responses(row: Mapping[str, Any], row_number: int) -> tuple[Text
         raise RowError(
             reason="empty_prompt",
             row=row_number,
-            detail="chosen and rejected share no first message, and there is no conversational prompt beside them",
+            detail="chosen and rejected share no first message, and no conversational prompt is beside them",
         )
     return chosen[:start], chosen[start:], rejected[start:]
 
@@ -172,8 +173,8 @@ def _prompt_and_responses(row: Mapping[str, Any], row_number: int) -> tuple[Text
 def _implicit_prompt_length(chosen: Text, rejected: Text) -> int:
     """Where the responses begin in texts that carry their prompt: TRL's `extract_prompt`.
 
-    The last shared element stays with the responses when one text is the beginning of the other, and a space before
-    the first difference goes with them, because tokenizers attach it to the word that follows.
+    The last shared element stays with the responses when one text is the beginning of the other, and a space
+    before the first difference goes with them, because tokenizers attach it to the word that follows.
     """
     shared = common_prefix_length(chosen, rejected)
     if shared == min(len(chosen), len(rejected)):
@@ -198,7 +199,7 @@ def _text(row: Mapping[str, Any], *, name: str, row_number: int) -> Text:
         raise RowError(
             reason="wrong_type",
             row=row_number,
-            detail=f"{name} must be a string or a list of messages, got {type(value).__name__}: {_excerpt(value)}",
+            detail=f"{name} must be a string or a list of messages, got {_excerpt(value)}",
         )
     return [
         _message(message, place=f"{name}[{index}]", row_number=row_number)
@@ -219,7 +220,7 @@ def _message(value: Any, *, place: str, row_number: int) -> Message:
         raise RowError(
             reason="malformed_conversation",
             row=row_number,
-            detail=f"the content of {place} must be text, got {type(content).__name__}: {_excerpt(content)}",
+            detail=f"the content of {place} must be text, got {_excerpt(content)}",
         )
     # Templates test `message.content is none` for a message that only calls tools: this one null stays.
     return {**_without_nulls(value), "content": content}
@@ -228,8 +229,8 @@ def _message(value: Any, *, place: str, row_number: int) -> Message:
 def _without_nulls(value: Any) -> Any:
     """The value without the dictionary keys that hold null.
 
-    Arrow gives all rows of a column the same keys and fills with null. A template would print those into a tool's
-    schema, or take `'tool_calls' in message` for true.
+    Arrow gives all rows of a column the same keys and fills with null. A template would print those into a
+    tool's schema, or take `'tool_calls' in message` for true.
     """
     if isinstance(value, dict):
         return {key: _without_nulls(held) for key, held in value.items() if held is not None}
@@ -294,11 +295,10 @@ def _render(
         raise RowError(
             reason="template_error", row=row_number, detail=f"the chat template refused it: {error}"
         ) from error
-    # A generation prompt may hold more than the conversation does at that place (DeepSeek-R1's <think>): the prompt
-    # is what all three have in common.
-    prompt_text = os.path.commonprefix([before, with_chosen, with_rejected])
-    start = len(prompt_text)
-    return Preference(prompt_text, with_chosen[start:], with_rejected[start:])
+    # A generation prompt may hold more than the conversation does at that place (DeepSeek-R1's <think>): the
+    # prompt is what all three have in common.
+    start = min(common_prefix_length(before, with_chosen), common_prefix_length(before, with_rejected))
+    return Preference(before[:start], with_chosen[start:], with_rejected[start:])
 
 
 def _tools(row: Mapping[str, Any], row_number: int) -> list[Any] | None:
@@ -317,7 +317,7 @@ def _tools(row: Mapping[str, Any], row_number: int) -> list[Any] | None:
         raise RowError(
             reason="wrong_type",
             row=row_number,
-            detail=f"tools must be a list of schemas or its JSON, got {type(tools).__name__}: {_excerpt(tools)}",
+            detail=f"tools must be a list of schemas or its JSON, got {_excerpt(tools)}",
         )
     return _without_nulls(tools)
 
@@ -331,7 +331,7 @@ def _template_kwargs(row: Mapping[str, Any], row_number: int) -> dict[str, Any]:
         raise RowError(
             reason="wrong_type",
             row=row_number,
-            detail=f"chat_template_kwargs must be a dictionary, got {type(kwargs).__name__}: {_excerpt(kwargs)}",
+            detail=f"chat_template_kwargs must be a dictionary, got {_excerpt(kwargs)}",
         )
     return _without_nulls(kwargs)
 
@@ -346,4 +346,4 @@ def _kind(value: Text) -> str:
 
 def _excerpt(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

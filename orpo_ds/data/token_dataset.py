@@ -5,8 +5,8 @@
     <cache_dir>/<key>/trunk.npy …       lengths of the usable ones, for packing
     <cache_dir>/<key>/manifest.json     content hash, refused rows by reason
 
-The folder is built beside its name and renamed when it is whole, under a file lock: whoever sees it sees all of it.
-Readers map the files into memory, so that a million rows cost a reader no more than ten.
+The folder is built beside its name and renamed when it is whole, under a file lock: whoever sees it sees all
+of it. Readers map the files into memory, so that a million rows cost a reader no more than ten.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class PairLengths:
     chosen_start: NDArray[np.int32]
 
     def nll_tokens(self, pairs: Sequence[int], *, nll_on_prompt: bool) -> NDArray[np.int64]:
-        """Tokens that the nll counts, of each of these pairs: `packing.count_targets` without reading any ids."""
+        """Tokens that the nll counts in each of these pairs: `packing.count_targets` without reading ids."""
         index = np.asarray(pairs, dtype=np.int64)
         first = np.int64(1) if nll_on_prompt else np.maximum(self.chosen_start[index], 1)
         return self.trunk[index].astype(np.int64) + self.chosen[index] - first
@@ -115,7 +115,8 @@ def build_once(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) 
 
     Args:
         folder: the cache entry.
-        tokenize_into: writes `pairs*.arrow` (columns of `FEATURES`) into the folder it is given, and returns them.
+        tokenize_into: writes `pairs*.arrow` (columns of `FEATURES`) into the folder it is given, and returns
+            them.
     """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,16 @@
-"""Preference text -> token pairs, and a whole dataset of them, tokenised once.
+r"""Preference text -> token pairs, and a whole dataset of them, tokenised once.
 
 The ids are those of TRL's ORPO (`ORPOTrainer.tokenize_row`), where those are right:
 
-* `prompt + response` is tokenised in one piece, and the response begins at the first token that the prompt on its
-  own does not have. A tokenizer that merges over the border gives the merged token to the response.
+* `prompt + response` is tokenised in one piece, and the response begins at the first token that the prompt on
+  its own does not have. A tokenizer that merges over the border gives the merged token to the response.
 * BOS stands once at the front if the tokenizer has one, whether or not the text brought it.
-* EOS stands once at the end. TRL looks only at the last token and adds a second EOS to a turn of ChatML, which ends
-  with `<|im_end|>\\n`; here an EOS with nothing but white space behind it counts.
+* EOS stands once at the end. TRL looks only at the last token and adds a second EOS to a turn of ChatML,
+  which ends with `<|im_end|>\n`; here an EOS with nothing but white space behind it counts.
 * Too long a pair is cut as `orpo_ds.data.truncate` says.
 
-`tokenize_dataset` keeps its result under a key made of everything the ids depend on, so that a second start, another
-rank or another job maps the same files into memory instead of tokenising again.
+`tokenize_dataset` keeps its result under a key made of everything the ids depend on, so that a second start,
+another rank or another job maps the same files into memory instead of tokenising again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orpo_ds.data import preference as preference_module
+from orpo_ds.data import token_dataset as token_dataset_module
 from orpo_ds.data import truncate as truncate_module
 from orpo_ds.data.preference import (
     OPTIONAL_COLUMNS,
@@ -69,7 +70,8 @@ def tokenize_pair(
     """Tokenise and truncate one pair.
 
     Raises:
-        RowError: see `orpo_ds.data.truncate.truncate_pair`; also an empty response, or an id beyond `vocab_size`.
+        RowError: see `orpo_ds.data.truncate.truncate_pair`; also an empty response, or an id beyond
+            `vocab_size`.
         ValueError: the tokenizer has no EOS token.
     """
     [encoded] = _encode([preference], processing_class=processing_class, options=options)
@@ -87,26 +89,27 @@ def tokenize_dataset(
 ) -> TokenDataset:
     """Tokenise all rows, or open what an earlier start made of them.
 
-    Memory does not grow with the number of rows: ids go to Arrow files and lengths to .npy files, both memory-mapped.
-    Processes that start together take turns at a file lock; one tokenises, the others open its files.
+    Memory does not grow with the number of rows: ids go to Arrow files and lengths to .npy files, both
+    memory-mapped. Processes that start together take turns at a file lock; one tokenises, the others open its
+    files.
 
     Args:
         rows: a map-style dataset in any shape of `orpo_ds.data.preference`; other columns are ignored.
         processing_class: the tokenizer.
         options: limits and model kind.
-        unusable: refuse the dataset when it has rows that cannot be used, or drop them with a warning. Both count
-            them by reason.
+        unusable: refuse the dataset when it has rows that cannot be used, or drop them with a warning. Both
+            count them by reason.
         cache_dir: where to keep the result; default `orpo_ds` inside the cache of `datasets`.
         num_proc: processes to tokenise with.
 
     Raises:
-        ValueError: no rows, no such columns, unusable rows under "error", no usable row at all, no chat template for
-            conversations, or no EOS token.
+        ValueError: no rows, no such columns, unusable rows under "error", no usable row at all, no chat
+            template for conversations, or no EOS token.
     """
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(
-            f"the dataset must be a datasets.Dataset with a length, got {type(rows).__name__}: load one split, "
-            "without streaming"
+            f"the dataset must be a datasets.Dataset with a length, got {type(rows).__name__}: load one "
+            "split, without streaming"
         )
     check_columns(rows.column_names)
     if len(rows) == 0:
@@ -140,7 +143,7 @@ def tokenize_dataset(
 
 
 class _TokenizeBatch:
-    """The function that `Dataset.map` runs: a batch of rows -> columns of `FEATURES`, a line for every row."""
+    """What `Dataset.map` runs: a batch of rows -> columns of `FEATURES`, a line for every row."""
 
     def __init__(self, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions) -> None:
         self.processing_class = processing_class
@@ -200,14 +203,15 @@ def _refused_line(error: RowError) -> dict[str, Any]:
     }
 
 
-# Ids of (prompt, chosen, rejected): the full texts for a decoder-only model, the three parts for an encoder-decoder.
+# Ids of (prompt, chosen, rejected): the full texts for a decoder-only model, the three parts for an
+# encoder-decoder.
 _Encoded = tuple[list[int], list[int], list[int]]
 
 
 def _encode(
     preferences: Sequence[Preference], *, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions
 ) -> list[_Encoded]:
-    """Run the tokenizer over many pairs at once: a fast tokenizer uses all cores for one long list of texts."""
+    """Run the tokenizer over many pairs at once: a fast one uses all cores for a long list of texts."""
     if not preferences:
         return []
     prompts = [preference.prompt for preference in preferences]
@@ -261,8 +265,8 @@ def _assemble(
             raise RowError(
                 reason="id_beyond_vocabulary",
                 row=row_number,
-                detail=f"token id {highest} ({processing_class.convert_ids_to_tokens(highest)!r}) has no row in an "
-                f"embedding of {options.vocab_size}: resize the embedding, or use the model's own tokenizer",
+                detail=f"token id {highest} ({processing_class.convert_ids_to_tokens(highest)!r}) has no row "
+                f"in an embedding of {options.vocab_size}: resize it, or use the model's own tokenizer",
             )
     return pair
 
@@ -276,8 +280,8 @@ def _decoder_sequence(
 ) -> tuple[list[int], int]:
     """Ids of prompt + response with BOS and EOS, and where the response begins.
 
-    TRL puts the border at len(prompt), or one before it when the prompt's ids changed. The length of what they share
-    is the same number then, and is still right when a merge changed more than one token.
+    TRL puts the border at len(prompt), or one before it when the prompt's ids changed. The length of what
+    they share is the same number then, and is still right when a merge changed more than one token.
     """
     start = common_prefix_length(prompt, full)
     if start == len(full):
@@ -305,8 +309,8 @@ def _eos_token_id(processing_class: PreTrainedTokenizerBase) -> int:
     eos = processing_class.eos_token_id
     if not isinstance(eos, int):
         raise ValueError(
-            f"the tokenizer {processing_class.name_or_path!r} has no EOS token, so the model could not learn to stop. "
-            "Set tokenizer.eos_token"
+            f"the tokenizer {processing_class.name_or_path!r} has no EOS token, so the model could not learn "
+            "to stop. Set tokenizer.eos_token"
         )
     return eos
 
@@ -338,11 +342,14 @@ def _cache_key(
 ) -> str:
     """Name of the cache entry: a hash of all that the ids depend on.
 
-    The fingerprint of `datasets` stands for the rows (content in memory, or files with their time of change, and
-    every transform since). The files of this package that make ids are hashed themselves, so that nobody has to
-    remember to raise a version.
+    The fingerprint of `datasets` stands for the rows (content in memory, or files with their time of change,
+    and every transform since). The files of this package that make ids or their files are hashed themselves,
+    so that nobody has to remember to raise a version.
     """
-    sources = (Path(__file__), Path(preference_module.__file__), Path(truncate_module.__file__))
+    sources = [
+        Path(__file__),
+        *(Path(module.__file__) for module in (preference_module, truncate_module, token_dataset_module)),
+    ]
     parts = {
         "rows": rows._fingerprint,
         "tokenizer": _tokenizer_hash(processing_class),
@@ -354,7 +361,7 @@ def _cache_key(
 
 
 def _tokenizer_hash(processing_class: PreTrainedTokenizerBase) -> str:
-    """Hash of the tokenizer's content: vocabulary, rules, special tokens, template; not the path it came from."""
+    """Hash of what the tokenizer is (vocabulary, rules, special tokens, template), not where it came from."""
     kind = type(processing_class)
     settings = {
         "class": f"{kind.__module__}.{kind.__qualname__}",

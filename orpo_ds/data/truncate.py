@@ -4,9 +4,10 @@
     rejected  bos p p p p p p | r r r eos               and `rejected_start`
 
 The contract is `prompt + response <= max_length` for both sequences. The prompt gives way first: one block of
-positions is taken out of both sequences, inside what their prompts share, so that chosen and rejected are never
-conditioned on different prompts and the trunk survives. Its size comes from the longer sequence. The prompt does not
-shrink below `max_prompt_length` tokens for this; what is still too long then loses the end of its response.
+positions is taken out of both sequences, inside what their prompts share, so that chosen and rejected are
+never conditioned on different prompts and the trunk survives. Its size comes from the longer sequence. The
+prompt does not shrink below `max_prompt_length` tokens for this; what is still too long then loses the end of
+its response.
 
     keep_end     bos [p p p] p p p | c c c              the block in brackets goes
     keep_start   bos p p p [p p p] | c c c
@@ -26,14 +27,17 @@ TruncationMode = Literal["keep_end", "keep_start"]
 class TokenPair:
     """One preference example as token ids.
 
-    For an encoder-decoder model `ids[:start]` is the encoder's input and `ids[start:]` are the decoder's labels.
+    For an encoder-decoder model `ids[:start]` is the encoder's input and `ids[start:]` are the decoder's
+    labels.
 
     Attributes:
         chosen: prompt + chosen ids, truncated.
         rejected: prompt + rejected ids, truncated.
         chosen_start: index in `chosen` of the first token of the response, at least 1 and below its length.
-        rejected_start: the same for `rejected`; it differs when the tokenizer merged over only one of the borders.
-        trunk: length of the longest common prefix of `chosen` and `rejected`. It may reach into the responses.
+        rejected_start: the same for `rejected`; it differs when the tokenizer merged over only one of the
+            borders.
+        trunk: length of the longest common prefix of `chosen` and `rejected`. It may reach into the
+            responses.
     """
 
     chosen: list[int]
@@ -49,12 +53,13 @@ class TokenizeOptions:
 
     Attributes:
         max_length: most tokens of prompt + response; None does not cut.
-        max_prompt_length: the prompt is not cut below this many tokens; None means half of `max_length`. A longer
-            prompt stays whole where the pair fits.
+        max_prompt_length: the prompt is not cut below this many tokens; None means half of `max_length`. A
+            longer prompt stays whole where the pair fits.
         truncation_mode: which end of a prompt that is too long survives. The BOS token always does.
-        is_encoder_decoder: prompt and responses are tokenised apart, each with the tokenizer's special tokens.
-        max_completion_length: most tokens of a response of an encoder-decoder model, special tokens included; not
-            used for decoder-only models (as in TRL). None leaves only `max_length`.
+        is_encoder_decoder: prompt and responses are tokenised apart, each with the tokenizer's special
+            tokens.
+        max_completion_length: most tokens of a response of an encoder-decoder model, special tokens included;
+            not used for decoder-only models (as in TRL). None leaves only `max_length`.
         vocab_size: rows with an id at or beyond this are refused; None does not look.
     """
 
@@ -115,7 +120,8 @@ def truncate_pair(
     Args:
         chosen: prompt + chosen ids; its first min(chosen_start, rejected_start) ids are those of `rejected`.
         rejected: prompt + rejected ids.
-        chosen_start, rejected_start: where the responses begin.
+        chosen_start: where the chosen response begins.
+        rejected_start: where the rejected response begins.
         head: special tokens at the start of the prompt that are not cut (1 with a BOS token).
         tail: special tokens at the end of the prompt that are not cut (the encoder's EOS).
         options: the limits.
@@ -129,8 +135,8 @@ def truncate_pair(
         raise RowError(
             reason="empty_prompt",
             row=row_number,
-            detail="no token comes before a response (no prompt, or all of it merged into the response, and no BOS "
-            "token): nothing predicts its first token",
+            detail="no token comes before a response (no prompt, or all of it merged into the response, and "
+            "no BOS token): nothing predicts its first token",
         )
     if options.max_length is not None:
         excess = max(len(chosen), len(rejected)) - options.max_length
@@ -154,6 +160,6 @@ def truncate_pair(
         raise RowError(
             reason="identical_responses",
             row=row_number,
-            detail=f"chosen and rejected are the same {len(chosen)} tokens within max_length={options.max_length}",
+            detail=f"chosen and rejected are the same tokens within max_length={options.max_length}",
         )
     return TokenPair(chosen, rejected, chosen_start, rejected_start, common_prefix_length(chosen, rejected))
