@@ -1,0 +1,255 @@
+"""Which pairs belong to optimizer step k, and which rank pushes which of them through the model in which
+micro-step.
+
+The first question does not know how many ranks there are: `GlobalBatches` is a pure function of (seed, epoch,
+step, dataset fingerprint), so a run that resumes, also on another number of ranks, sees exactly the batches
+that are left.
+
+The second does: `plan_micro_batches` fills rows of at most `max_tokens`. Every rank computes the same plan
+from the same lengths, so the ranks need not talk. Two things cost time in a step. Each micro-step gathers all
+parameters under ZeRO-3, so there are as few micro-steps as the budget allows. And ranks wait for the slowest
+one, under ZeRO-3 in every micro-step, below it at the end of the step, so within a micro-step all
+micro-batches should cost the same. Tokens alone do not tell: attention is quadratic. `CostModel` counts
+FLOPs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class GlobalBatches:
+    """The pairs of every optimizer step: a pure function of (seed, epoch, step, fingerprint).
+
+    Each epoch is its own permutation of the dataset, cut into batches; with `shuffle=False` each epoch is the
+    dataset in order. The last batch of an epoch holds what is left, or with `drop_last` is not used in that
+    epoch.
+
+    Memory is one permutation (4 bytes a pair up to 2^31 pairs), kept for the epoch that was asked for last.
+
+    Args:
+        num_pairs: size of the dataset.
+        global_batch_size: pairs of one optimizer step, over all ranks.
+        seed: `args.data_seed` or `args.seed`.
+        fingerprint: content hash of the dataset. Another dataset is another order.
+        drop_last: leave out the partial batch at the end of an epoch.
+        shuffle: permute, anew in every epoch.
+
+    Raises:
+        ValueError: there is no pair, or `drop_last` leaves no batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pairs: int,
+        global_batch_size: int,
+        seed: int,
+        fingerprint: str,
+        drop_last: bool = False,
+        shuffle: bool = True,
+    ) -> None:
+        if num_pairs < 1 or global_batch_size < 1:
+            raise ValueError(
+                f"cannot make batches of {global_batch_size} pairs from a dataset of {num_pairs} pairs"
+            )
+        full, rest = divmod(num_pairs, global_batch_size)
+        self.steps_per_epoch = full + (1 if rest and not drop_last else 0)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"the dataset has {num_pairs} pairs, fewer than one global batch of {global_batch_size}, and drop_last "
+                "leaves none: set dataloader_drop_last to false or lower the batch size"
+            )
+        self.num_pairs = num_pairs
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.fingerprint = fingerprint
+        self.shuffle = shuffle
+        self._cached: tuple[int, NDArray[np.integer]] | None = None
+
+    def pairs(self, step: int) -> list[int]:
+        """Dataset indices of optimizer step `step`, counted from 0 over all epochs."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.global_batch_size
+        if not self.shuffle:
+            return list(range(first, min(first + self.global_batch_size, self.num_pairs)))
+        return self._permutation(epoch)[first : first + self.global_batch_size].tolist()
+
+    def _permutation(self, epoch: int) -> NDArray[np.integer]:
+        """Order of the dataset in this epoch, [num_pairs].
+
+        Sorting by random keys, and not `permutation()` or `torch.randperm`: NumPy promises that the raw
+        stream of a bit generator never changes (NEP 19), and neither library promises that of its shuffles.
+        So a run that resumes after an upgrade goes on in the same order.
+        """
+        cached = self._cached  # one read: the prefetch thread and the trainer may both be here
+        if cached is not None and cached[0] == epoch:
+            return cached[1]
+        digest = hashlib.sha256(f"{self.seed}/{epoch}/{self.fingerprint}".encode()).digest()
+        keys = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(self.num_pairs)
+        order = np.argsort(keys, kind="stable").astype(np.min_scalar_type(-self.num_pairs))
+        self._cached = (epoch, order)
+        return order
+
+
+@dataclass(frozen=True)
+class PairCost:
+    """What a pair takes of a micro-batch: room in its row, in tokens, and time, in FLOPs."""
+
+    tokens: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """FLOPs of forward and backward of a packed pair, as a linear form in tokens, attention scores and target
+    rows.
+
+    A parameter costs 2 FLOPs a token forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361, section
+    2.1), which is linear in tokens for the body and in target rows for the head. A causal score, one query
+    against one key, costs 2 FLOPs times the attention width in the query-key product and again in the product
+    with the values, and twice that backward. Sliding windows and recomputation under gradient checkpointing
+    are left out: the second scales all pairs alike.
+
+    Attributes:
+        per_token: FLOPs of a token in the body.
+        per_score: FLOPs of one (query, key) score, over all layers.
+        per_target: FLOPs of a target row in the head.
+        nll_on_prompt: whether prompt tokens are target rows.
+    """
+
+    per_token: float
+    per_score: float
+    per_target: float
+    nll_on_prompt: bool = True
+
+    @classmethod
+    def of_model(
+        cls,
+        *,
+        body_parameters: int,
+        head_parameters: int,
+        layers: int,
+        attention_width: int,
+        nll_on_prompt: bool = True,
+    ) -> CostModel:
+        """Coefficients of a transformer.
+
+        Args:
+            body_parameters: parameters that multiply every token: no embeddings, no head, active experts
+            only. head_parameters: vocabulary size x hidden size. layers: layers with attention.
+            attention_width: query heads x head size. nll_on_prompt: see `packing.pack`.
+        """
+        return cls(
+            per_token=6.0 * body_parameters,
+            per_score=12.0 * layers * attention_width,
+            per_target=6.0 * head_parameters,
+            nll_on_prompt=nll_on_prompt,
+        )
+
+    def pair(self, *, trunk: int, chosen: int, rejected: int) -> PairCost:
+        """Cost of a packed pair with a trunk and two branches of these lengths, in tokens."""
+        tokens = trunk + chosen + rejected
+        sequence = trunk + chosen
+        scores = sequence * (sequence + 1) / 2 + rejected * trunk + rejected * (rejected + 1) / 2
+        targets = tokens if self.nll_on_prompt else chosen + rejected
+        return PairCost(tokens, self.per_token * tokens + self.per_score * scores + self.per_target * targets)
+
+
+def plan_micro_batches(
+    costs: Sequence[PairCost], *, world_size: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Deal the pairs of one global batch to ranks and micro-steps.
+
+    Bin packing first (best fit, longest first: at most 11/9 of the fewest rows) says how few micro-steps
+    there can be. Then the pairs are spread over all rows of these micro-steps, costliest first, each to the
+    row that has cost least so far and still has room (longest processing time first, Graham 1969). Rows of
+    like cost then share a micro-step, and in each micro-step the rank that has done least takes the costliest
+    row.
+
+    Args:
+        costs: tokens and FLOPs of every pair of the global batch.
+        world_size: ranks with work of their own (data-parallel size).
+        max_tokens: room in one micro-batch.
+
+    Returns:
+        `plan[rank][micro_step]`: positions in `costs`. Every position stands in exactly one micro-batch, all
+        ranks have the same number of micro-steps, and a micro-batch may be empty. The same input gives the
+        same plan.
+
+    Raises:
+        ValueError: a pair alone is longer than `max_tokens`.
+    """
+    for position, cost in enumerate(costs):
+        if cost.tokens > max_tokens:
+            raise ValueError(
+                f"pair {position} of the global batch has {cost.tokens} tokens (trunk and both branches), more than "
+                f"max_tokens_per_micro_batch={max_tokens}: raise max_tokens_per_micro_batch to at least {cost.tokens} "
+                "or lower max_length"
+            )
+    rows = _fewest_rows(costs, max_tokens)
+    steps = -(-len(rows) // world_size)
+    rows += [[] for _ in range(steps * world_size - len(rows))]
+    spread = _spread(costs, rows=len(rows), max_tokens=max_tokens)
+    return _deal(costs, rows if spread is None else spread, world_size=world_size)
+
+
+def _fewest_rows(costs: Sequence[PairCost], max_tokens: int) -> list[list[int]]:
+    """Best-fit decreasing: every pair, longest first, goes into the fullest row that has room."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for position in sorted(range(len(costs)), key=lambda i: -costs[i].tokens):
+        tokens = costs[position].tokens
+        place = bisect_left(room, (tokens, 0))
+        if place < len(room):
+            left, row = room.pop(place)
+            rows[row].append(position)
+        else:
+            left, row = max_tokens, len(rows)
+            rows.append([position])
+        insort(room, (left - tokens, row))
+    return rows
+
+
+def _spread(costs: Sequence[PairCost], *, rows: int, max_tokens: int) -> list[list[int]] | None:
+    """Longest processing time first over a given number of rows; None when a pair finds no room."""
+    filled: list[list[int]] = [[] for _ in range(rows)]
+    tokens = [0] * rows
+    cheapest = [(0.0, row) for row in range(rows)]
+    for position in sorted(range(len(costs)), key=lambda i: -costs[i].flops):
+        cost = costs[position]
+        without_room = []
+        while cheapest and tokens[cheapest[0][1]] + cost.tokens > max_tokens:
+            without_room.append(heapq.heappop(cheapest))
+        if not cheapest:
+            return None
+        flops, row = heapq.heappop(cheapest)
+        filled[row].append(position)
+        tokens[row] += cost.tokens
+        for entry in (*without_room, (flops + cost.flops, row)):
+            heapq.heappush(cheapest, entry)
+    return filled
+
+
+def _deal(costs: Sequence[PairCost], rows: list[list[int]], *, world_size: int) -> list[list[list[int]]]:
+    """Rows of like cost to one micro-step, the costliest to the rank that has done least."""
+
+    def flops(row: list[int]) -> float:
+        return sum(costs[position].flops for position in row)
+
+    plan: list[list[list[int]]] = [[] for _ in range(world_size)]
+    done = [0.0] * world_size
+    by_cost = sorted(rows, key=flops, reverse=True)
+    for first in range(0, len(by_cost), world_size):
+        idle_first = sorted(range(world_size), key=lambda rank: done[rank])
+        for rank, row in zip(idle_first, by_cost[first : first + world_size], strict=True):
+            plan[rank].append(sorted(row))
+            done[rank] += flops(row)
+    return plan

@@ -1,0 +1,163 @@
+"""The next micro-batch is built, and on its way to the GPU, while the current one computes.
+
+One background thread works through the groups of pairs in order, at most `depth` micro-batches ahead. What it
+does with a finished micro-batch depends on where the model lives, and that is all `Transfer` is about: to a
+CPU nothing has to move; to a GPU the tensors go through pinned memory on a stream of their own, so the copy
+overlaps with the kernels of the current micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from orpo_ds.data.packing import MicroBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """A micro-batch on its way: usable once `arrived` (None: at once)."""
+
+    micro_batch: MicroBatch
+    arrived: torch.cuda.Event | None = None
+
+
+class Transfer(Protocol):
+    """Brings micro-batches to the device of the model."""
+
+    def send(self, micro_batch: MicroBatch) -> Sent:
+        """Start the copy; called in the background thread."""
+
+    def receive(self, sent: Sent) -> MicroBatch:
+        """Make the copy usable on the current stream; called in the consumer's thread."""
+
+
+class HostTransfer:
+    """For a model on the CPU: the micro-batch is where it has to be."""
+
+    def send(self, micro_batch: MicroBatch) -> Sent:
+        return Sent(micro_batch)
+
+    def receive(self, sent: Sent) -> MicroBatch:
+        return sent.micro_batch
+
+
+class CudaTransfer:
+    """For a model on a GPU: pinned memory, and copies on a side stream that nobody waits for on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def send(self, micro_batch: MicroBatch) -> Sent:
+        # The caching host allocator keeps the pinned source alive until the copy is done.
+        pinned = micro_batch.map_tensors(Tensor.pin_memory)
+        with torch.cuda.stream(self._stream):
+            on_device = pinned.to(self._device, non_blocking=True)
+        return Sent(on_device, self._stream.record_event())
+
+    def receive(self, sent: Sent) -> MicroBatch:
+        assert sent.arrived is not None
+        consumer = torch.cuda.current_stream(self._device)
+        consumer.wait_event(sent.arrived)
+
+        def in_use(tensor: Tensor) -> Tensor:
+            # Allocated on the side stream: without this its memory could be reused there while kernels still
+            # read it.
+            tensor.record_stream(consumer)
+            return tensor
+
+        return sent.micro_batch.map_tensors(in_use)
+
+
+def transfer_to(device: torch.device) -> Transfer:
+    """The way micro-batches take to this device."""
+    return CudaTransfer(device) if device.type == "cuda" else HostTransfer()
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+class _Finished:
+    """No further micro-batch follows."""
+
+
+class MicroBatchLoader:
+    """Iterates over the micro-batches of `groups`, in order, on `device`.
+
+    An iteration owns one thread. It ends with the groups, with the first error, or when the iterator is
+    closed or dropped (a `break` out of a `for` loop drops it).
+
+    Args:
+        groups: dataset indices of the pairs of every micro-batch of this rank, over as many steps as wanted.
+            Consumed in the background thread, so planning is off the critical path too.
+        build: makes the micro-batch of a group, on the CPU. An empty group is a micro-batch too.
+        device: where the model lives.
+        depth: micro-batches that may be ready or under way before they are asked for.
+
+    Raises:
+        Exception: whatever `groups` or `build` raised, from the iterator, with a note that names the pairs.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Sequence[int]],
+        *,
+        build: Callable[[Sequence[int]], MicroBatch],
+        device: torch.device | str,
+        depth: int = 2,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"cannot prefetch {depth} micro-batches: depth is at least 1")
+        self._groups = groups
+        self._build = build
+        self._transfer = transfer_to(torch.device(device))
+        self._depth = depth
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        ready: SimpleQueue[Sent | _Failed | _Finished] = SimpleQueue()
+        free_places = Semaphore(self._depth)
+        closed = Event()
+        thread = Thread(
+            target=self._produce, args=(ready, free_places, closed), name="orpo_ds-prefetch", daemon=True
+        )
+        thread.start()
+        try:
+            while not isinstance(item := ready.get(), _Finished):
+                if isinstance(item, _Failed):
+                    raise item.error
+                free_places.release()
+                yield self._transfer.receive(item)
+        finally:
+            closed.set()
+            free_places.release()  # wakes a thread that waits for a place
+            thread.join()
+
+    def _produce(
+        self, ready: SimpleQueue[Sent | _Failed | _Finished], free_places: Semaphore, closed: Event
+    ) -> None:
+        """Body of the thread: one item for every group, then one that ends the iteration."""
+        try:
+            for group in self._groups:
+                free_places.acquire()
+                if closed.is_set():
+                    return
+                ready.put(self._made(group))
+            ready.put(_Finished())
+        except BaseException as error:  # of any kind: the consumer must not wait for a thread that is gone
+            ready.put(_Failed(error))
+
+    def _made(self, group: Sequence[int]) -> Sent:
+        try:
+            return self._transfer.send(self._build(group))
+        except Exception as error:
+            error.add_note(f"while building the micro-batch of pairs {list(group)}")
+            raise
