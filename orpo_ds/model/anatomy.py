@@ -1,0 +1,226 @@
+"""Take a language model apart: the backbone that makes hidden states, the head that makes logits, and what lies between.
+
+The loss needs log-probs of some rows, never the [T, V] logits, so it calls the backbone and reads the head's weight
+itself. Between the two, families differ: a soft-cap (Gemma), a factor (Cohere, Granite, T5), a bias (Phi, BART). What
+follows was read off the `forward` of every `*ForCausalLM` in transformers 5.23. A model that does something else is
+not guessed at: `orpo_ds.model.selfcheck` compares the log-probs with the model's own logits before the first step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# `config.logits_scaling` divides the logits (Granite) or the hidden states (MiniCPM3). It multiplies here:
+LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
+
+
+@dataclass(frozen=True, eq=False)
+class RouterLoss:
+    """How a mixture of experts balances its load (Switch Transformer, arXiv:2101.03961, equations 4 to 6).
+
+    Attributes:
+        coefficient: weight of the balance in the training loss.
+        num_experts: experts a layer.
+        experts_per_token: experts that a token is sent to.
+        load_balancing: the model's own `load_balancing_loss_func`.
+    """
+
+    coefficient: float
+    num_experts: int
+    experts_per_token: int
+    load_balancing: Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelParts:
+    """A language model taken apart: logits = softcap * tanh((scale * hidden @ head.weight.T + bias) / softcap).
+
+    Attributes:
+        model: the transformers model, without the PEFT wrapper (adapters inside its layers are part of it).
+        backbone: gives `last_hidden_state` [B, S, H]. For an encoder-decoder model the decoder.
+        head: the output embedding, weight [V, H]. ZeRO-3 gathers its parameters when it is called; whoever reads
+            `head.weight` directly registers it (DeepSpeed: `zero.register_external_parameter`).
+        scale: factor on the logits before the bias.
+        softcap: bound of the logits; None for none.
+        router: a mixture of experts whose config asks for `output_router_logits`; else None.
+    """
+
+    model: PreTrainedModel
+    backbone: nn.Module
+    head: nn.Linear
+    scale: float
+    softcap: float | None
+    router: RouterLoss | None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or None. Read it where it is used: moving the model to a device replaces a buffer."""
+        if "final_logits_bias" in dict(
+            self.model.named_buffers(recurse=False)
+        ):  # BART and its relatives, [1, V]
+            return self.model.get_buffer("final_logits_bias").squeeze(0)
+        return self.head.bias
+
+    @property
+    def aux_coefficient(self) -> float:
+        """Weight of the router's balance in the loss; 0 where there is none to compute."""
+        return 0.0 if self.router is None else self.router.coefficient
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether hidden states need an encoder first."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits [..., V] of a few hidden states [..., H], by calling the head; for checks and tests."""
+        logits: Tensor = self.head(hidden)
+        if self.bias is not None and self.head.bias is None:
+            logits = self.scale * logits + self.bias
+        elif self.bias is not None:
+            logits = self.scale * (logits - self.bias) + self.bias
+        else:
+            logits = self.scale * logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def find_parts(model: nn.Module) -> ModelParts:
+    """Take `model`, a transformers causal or encoder-decoder language model or its PeftModel, apart.
+
+    Raises:
+        ValueError: naming what this model has that its log-probs cannot be computed from a plain head.
+    """
+    base = _without_peft(model)
+    name = type(base).__name__
+    backbone = base.get_decoder()
+    if backbone is base:
+        raise ValueError(f"{name} has no head on top of a backbone: load the model with AutoModelForCausalLM")
+    config = base.config.get_text_config(decoder=True)
+    return ModelParts(
+        model=base,
+        backbone=backbone,
+        head=_find_head(base),
+        scale=_logit_scale(base, config),
+        softcap=_final_softcap(config),
+        router=_find_router(base, config),
+    )
+
+
+def router_aux_loss(parts: ModelParts, router_logits: tuple[Tensor, ...], *, token_weight: Tensor) -> Tensor:
+    """Balance of the experts' load over the tokens of one micro-batch, not yet times `aux_coefficient`.
+
+    Args:
+        parts: of a model with a router.
+        router_logits: [N, E] of every layer, from the backbone with `output_router_logits=True`.
+        token_weight: fp32 of N elements, how often a token stands in the two full sequences. The loss is a function of
+            weighted sums over tokens, so with a trunk counted twice it is the loss of the padded sequences.
+
+    Returns:
+        Scalar fp32.
+
+    Raises:
+        ValueError: under reentrant gradient checkpointing, which cuts the router's gradient without a word.
+    """
+    router = parts.router
+    assert router is not None, "the caller asks for router logits only where there is a router"
+    if torch.is_grad_enabled() and parts.model.training and not router_logits[0].requires_grad:
+        raise ValueError(
+            "the router's logits carry no gradient: use gradient_checkpointing_kwargs={'use_reentrant': False}, or "
+            "set output_router_logits=False in the model's config to train without load balancing"
+        )
+    return router.load_balancing(router_logits, router.num_experts, router.experts_per_token, token_weight)
+
+
+def _without_peft(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        return model
+    from peft import PeftModel  # only a user who has it can bring such a model
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{type(model).__name__} is neither a transformers PreTrainedModel nor a PeftModel")
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{model.peft_type} puts virtual tokens before the prompt, which the packed layout has no place for: "
+            "use an adapter that changes weights (LoRA, IA3, ...)"
+        )
+    base: PreTrainedModel = model.get_base_model()
+    return base
+
+
+def _find_head(model: PreTrainedModel) -> nn.Linear:
+    """The module that owns the output embedding; a full copy that PEFT trains instead of it (`modules_to_save`)."""
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name} has no output embedding: load the model with AutoModelForCausalLM")
+    if not isinstance(head, nn.Linear):
+        from peft.utils import ModulesToSaveWrapper
+
+        if not isinstance(head, ModulesToSaveWrapper):
+            raise ValueError(
+                f"the head of {name} is a {type(head).__module__}.{type(head).__name__}, not one linear map: leave it "
+                "out of LoRA's target_modules and of trainable_token_indices, or train all of it with "
+                "modules_to_save=['lm_head']"
+            )
+        head = head.modules_to_save[head.active_adapters[0]]
+    if not head.weight.is_floating_point():
+        raise ValueError(
+            f"the head of {name} is quantised ({head.weight.dtype}): keep it in floating point "
+            "(llm_int8_skip_modules=['lm_head'])"
+        )
+    return head
+
+
+def _logit_scale(model: PreTrainedModel, config: PreTrainedConfig) -> float:
+    """Product of all factors between the last hidden state and the logits."""
+    scale = 1.0
+    if config.model_type in LOGITS_SCALING_MULTIPLIES:
+        scale *= config.logits_scaling
+    elif "logits_scaling" in config:
+        scale /= config.logits_scaling
+    if "logit_scale" in config and config.logit_scale is not None:  # Cohere
+        scale *= config.logit_scale
+    if "lm_head_multiplier" in config:  # Falcon-H1
+        scale *= config.lm_head_multiplier
+    if "logits_mup_width_multiplier" in config:  # Inkling
+        scale /= config.logits_mup_width_multiplier
+    if "scale_decoder_outputs" in config:  # T5, tied
+        scale *= config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+    elif model.config.model_type == "switch_transformers" and model.config.tie_word_embeddings:
+        scale *= config.d_model**-0.5
+    return float(scale)
+
+
+def _final_softcap(config: PreTrainedConfig) -> float | None:
+    """Gemma 2 to 4 and their relatives; RecurrentGemma has a name of its own for it."""
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        if name in config:
+            softcap: float | None = getattr(config, name)
+            return softcap
+    return None
+
+
+def _find_router(model: PreTrainedModel, config: PreTrainedConfig) -> RouterLoss | None:
+    if "output_router_logits" not in config or not config.output_router_logits:
+        return None
+    module = sys.modules[type(model).__module__]
+    load_balancing = getattr(module, "load_balancing_loss_func", None)
+    wanted = ("router_aux_loss_coef", "num_experts", "num_experts_per_tok")
+    missing = [name for name in wanted if not hasattr(model, name)]
+    if load_balancing is None or missing or "top_k" not in inspect.signature(load_balancing).parameters:
+        raise ValueError(
+            f"{type(model).__name__} has output_router_logits=True in its config, but computes the balance of its "
+            "experts in a way that is not known here. Set output_router_logits=False to train without it"
+        )
+    return RouterLoss(
+        coefficient=model.router_aux_loss_coef,
+        num_experts=model.num_experts,
+        experts_per_token=model.num_experts_per_tok,
+        load_balancing=load_balancing,
+    )
