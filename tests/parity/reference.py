@@ -148,15 +148,31 @@ def reference_step(
 ) -> ReferenceStep:
     """Loss, metrics and gradients of a decoder-only model, in float64 on a copy of it.
 
-    A mixture of experts that was asked for router logits adds its load-balancing loss, as TRL does.
+    The forward needs no mask: the padding stands on the right, where a causal model cannot see it. A mixture of
+    experts whose config asks for router logits adds its load-balancing loss, as TRL does.
     """
     double = _in_double(model)
-    outputs = double(padded.input_ids, attention_mask=padded.attention_mask, use_cache=False)
+    outputs = double(padded.input_ids, use_cache=False)
     reference = orpo_from_logits(outputs.logits, padded, beta=beta, nll_on_prompt=nll_on_prompt)
     loss = reference.loss
-    if "aux_loss" in outputs:
-        loss = loss + double.config.router_aux_loss_coef * outputs.aux_loss
+    if "router_logits" in outputs:
+        real = padded.attention_mask.flatten() == 1
+        router_logits = torch.cat([layer[real] for layer in outputs.router_logits])
+        balance = load_balance(router_logits, experts_per_token=double.config.num_experts_per_tok)
+        loss = loss + double.config.router_aux_loss_coef * balance
     return _differentiate(double, loss, reference.metrics)
+
+
+def load_balance(router_logits: Tensor, *, experts_per_token: int) -> Tensor:
+    """Switch Transformers' auxiliary loss (arXiv:2101.03961, eq. 4 to 6) of `[N, E]` router logits, scalar.
+
+    Each token of each layer is a row, and with several experts a token each choice counts as a token of its own.
+    """
+    experts = router_logits.shape[-1]
+    probabilities = router_logits.softmax(-1)
+    chosen = probabilities.topk(experts_per_token).indices
+    share = torch.bincount(chosen.flatten(), minlength=experts) / len(router_logits)
+    return experts * (share * probabilities.mean(0)).sum()
 
 
 def encoder_decoder_step(
