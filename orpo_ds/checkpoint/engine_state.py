@@ -1,0 +1,139 @@
+"""The engine's part of a checkpoint: DeepSpeed's own files, made safe to fail and exact to resume.
+
+Two things DeepSpeed 0.19 does not do:
+
+- A rank whose disk is full raises in the middle of `save_checkpoint` while the others go on to a barrier
+  and wait there for its timeout. Here a failed write is noted, the collectives run to their end, and the
+  error is raised after them.
+- `DeepSpeedCPUAdam` keeps beta1^t and beta2^t as running fp32 products inside its C++ object, outside of
+  any state dict (csrc/includes/cpu_adam.h, `IncrementStep`). A new process computes pow(beta, t) instead,
+  which rounds differently, so a resumed run drifts in the last bits. `load_engine` multiplies the products
+  up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from orpo_ds.checkpoint.rank_state import save_torch_file
+
+ENGINE_TAG = "engine"
+
+
+class NotingWriter(CheckpointEngine):
+    """Writes as DeepSpeed's `TorchCheckpointEngine` does, but notes an OSError instead of raising it."""
+
+    def __init__(self, inner: TorchCheckpointEngine) -> None:
+        self.name = inner.name
+        self.inner = inner
+        self.failures: list[OSError] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file."""
+        self.noting(save_torch_file)(state_dict, path, zip_format=self.inner.zipfile_serialization)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder."""
+        self.noting(self.inner.makedirs)(path, exist_ok=exist_ok)
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Announce a checkpoint."""
+        self.inner.create(info)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """End a checkpoint."""
+        return bool(self.inner.commit(info))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file; part of DeepSpeed's interface, a writer is never asked to."""
+        return self.inner.load(path, map_location=map_location)
+
+    def noting(self, action: Callable[..., None]) -> Callable[..., None]:
+        """`action` with its OSError noted in `failures`."""
+
+        def noted(*args: Any, **kwargs: Any) -> None:
+            try:
+                action(*args, **kwargs)
+            except OSError as error:
+                self.failures.append(error)
+
+        return noted
+
+
+def check_engine(engine: DeepSpeedEngine) -> None:
+    """Refuse, at the start of a run, a DeepSpeed JSON whose checkpoints could not be resumed exactly.
+
+    Raises:
+        ValueError: names the JSON's key.
+    """
+    if not isinstance(engine.checkpoint_engine, TorchCheckpointEngine):
+        writer = type(engine.checkpoint_engine).__name__
+        raise ValueError(
+            f"the DeepSpeed JSON chooses {writer} to write checkpoints; here each file must be complete when its "
+            "save ends. Remove checkpoint.writer, nebula and datastates from the JSON."
+        )
+    if engine.zero_optimization() and not engine.zero_load_from_fp32_weights():
+        raise ValueError(
+            "zero_optimization.load_from_fp32_weights=false in the DeepSpeed JSON makes a resume start "
+            "from rounded weights. Remove it."
+        )
+
+
+def save_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Write parameters, optimizer and scheduler state into `folder/engine`. All ranks call it.
+
+    Raises:
+        OSError: this rank could not write a file; every collective has been run, so no rank is left waiting.
+        RuntimeError: a write failed between two collectives (DeepSpeed's copy of NVMe files): this process
+            must end.
+    """
+    plain_writer = engine.checkpoint_engine
+    assert isinstance(plain_writer, TorchCheckpointEngine), "check_engine was not called"
+    writer = NotingWriter(plain_writer)
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = writer.noting(engine._copy_recovery_script)
+    try:
+        engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+    except OSError as error:
+        raise RuntimeError(f"DeepSpeed failed between two collectives of its save: {error}") from error
+    finally:
+        engine.checkpoint_engine = plain_writer
+        del engine._copy_recovery_script  # uncovers the method of the class
+    if writer.failures:
+        raise writer.failures[0]
+
+
+def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Set a freshly made engine to the state in a *verified* checkpoint folder. All ranks call it.
+
+    Raises:
+        RuntimeError: DeepSpeed loaded nothing.
+    """
+    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+    if path is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
+    if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
+        replay_bias_corrections(engine.basic_optimizer)
+
+
+def replay_bias_corrections(optimizer: DeepSpeedCPUAdam) -> None:
+    """Bring the running beta products of a CPU Adam to where its loaded `step` says they were.
+
+    Each step of an uninterrupted run multiplies them once. One update of a single throw-away element does
+    the same, at some microseconds a step.
+    """
+    steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    scratch = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *scratch
+        )
