@@ -1,9 +1,9 @@
 """Tiny random models, one a family, that every test may build: two layers, hidden size 64, fp32, seeded.
 
-Each keeps what makes its family hard: fewer key than query heads, a sliding window short enough to bite in a test
-sentence, soft-capped attention and logits, learned positions, a tied head, a router. Weights are drawn several times
-wider than the families' initialisers would: with those, attention is so close to uniform that a wrong mask hardly
-moves a log-prob.
+Each keeps what makes its family hard: fewer key than query heads, a sliding window short enough to bite in a
+test sentence, soft-capped attention and logits, learned positions, a tied head, a router. Weights are drawn
+several times wider than the families' initialisers would: with those, attention is so close to uniform that a
+wrong mask hardly moves a log-prob.
 """
 
 from __future__ import annotations

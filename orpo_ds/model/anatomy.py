@@ -1,9 +1,10 @@
-"""Take a language model apart: the backbone that makes hidden states, the head that makes logits, and what lies between.
+"""Take a language model apart: the backbone, the head, and what lies between hidden states and logits.
 
-The loss needs log-probs of some rows, never the [T, V] logits, so it calls the backbone and reads the head's weight
-itself. Between the two, families differ: a soft-cap (Gemma), a factor (Cohere, Granite, T5), a bias (Phi, BART). What
-follows was read off the `forward` of every `*ForCausalLM` in transformers 5.23. A model that does something else is
-not guessed at: `orpo_ds.model.selfcheck` compares the log-probs with the model's own logits before the first step.
+The loss needs log-probs of some rows, never the [T, V] logits, so it calls the backbone and reads the head's
+weight itself. Between the two, families differ: a soft-cap (Gemma), a factor (Cohere, Granite, T5), a bias
+(Phi, BART). What follows was read off the `forward` of every `*ForCausalLM` in transformers 5.23. A model
+that does something else is not guessed at: `orpo_ds.model.selfcheck` compares the log-probs with the model's
+own logits before the first step.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ class RouterLoss:
 
 @dataclass(frozen=True, eq=False)
 class ModelParts:
-    """A language model taken apart: logits = softcap * tanh((scale * hidden @ head.weight.T + bias) / softcap).
+    """A language model taken apart.
+
+    logits = scale * hidden @ head.weight.T + bias, then softcap * tanh(logits / softcap) where there is one.
 
     Attributes:
         model: the transformers model, without the PEFT wrapper (adapters inside its layers are part of it).
         backbone: gives `last_hidden_state` [B, S, H]. For an encoder-decoder model the decoder.
-        head: the output embedding, weight [V, H]. ZeRO-3 gathers its parameters when it is called; whoever reads
-            `head.weight` directly registers it (DeepSpeed: `zero.register_external_parameter`).
+        head: the output embedding, weight [V, H]. ZeRO-3 gathers its parameters when it is called; whoever
+            reads `head.weight` directly registers it (DeepSpeed: `zero.register_external_parameter`).
         scale: factor on the logits before the bias.
         softcap: bound of the logits; None for none.
         router: a mixture of experts whose config asks for `output_router_logits`; else None.
@@ -118,8 +121,9 @@ def router_aux_loss(parts: ModelParts, router_logits: tuple[Tensor, ...], *, tok
     Args:
         parts: of a model with a router.
         router_logits: [N, E] of every layer, from the backbone with `output_router_logits=True`.
-        token_weight: fp32 of N elements, how often a token stands in the two full sequences. The loss is a function of
-            weighted sums over tokens, so with a trunk counted twice it is the loss of the padded sequences.
+        token_weight: fp32 of N elements, how often a token stands in the two full sequences. The loss is a
+            function of weighted sums over tokens, so with a trunk counted twice it is the loss of the padded
+            sequences.
 
     Returns:
         Scalar fp32.
@@ -131,8 +135,8 @@ def router_aux_loss(parts: ModelParts, router_logits: tuple[Tensor, ...], *, tok
     assert router is not None, "the caller asks for router logits only where there is a router"
     if torch.is_grad_enabled() and parts.model.training and not router_logits[0].requires_grad:
         raise ValueError(
-            "the router's logits carry no gradient: use gradient_checkpointing_kwargs={'use_reentrant': False}, or "
-            "set output_router_logits=False in the model's config to train without load balancing"
+            "the router's logits have no gradient: set gradient_checkpointing_kwargs={'use_reentrant': False}, "
+            "or output_router_logits=False in the model's config to train without load balancing"
         )
     return router.load_balancing(router_logits, router.num_experts, router.experts_per_token, token_weight)
 
@@ -146,15 +150,14 @@ def _without_peft(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is neither a transformers PreTrainedModel nor a PeftModel")
     if model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            f"{model.peft_type} puts virtual tokens before the prompt, which the packed layout has no place for: "
-            "use an adapter that changes weights (LoRA, IA3, ...)"
+            f"{model.peft_type} puts virtual tokens before the prompt, which the packed layout has no place "
+            "for: use an adapter that changes weights (LoRA, IA3, ...)"
         )
-    base: PreTrainedModel = model.get_base_model()
-    return base
+    return _without_peft(model.get_base_model())
 
 
 def _find_head(model: PreTrainedModel) -> nn.Linear:
-    """The module that owns the output embedding; a full copy that PEFT trains instead of it (`modules_to_save`)."""
+    """The module that owns the output embedding, or the full copy that PEFT trains instead of it."""
     name = type(model).__name__
     head = model.get_output_embeddings()
     if head is None:
@@ -164,9 +167,9 @@ def _find_head(model: PreTrainedModel) -> nn.Linear:
 
         if not isinstance(head, ModulesToSaveWrapper):
             raise ValueError(
-                f"the head of {name} is a {type(head).__module__}.{type(head).__name__}, not one linear map: leave it "
-                "out of LoRA's target_modules and of trainable_token_indices, or train all of it with "
-                "modules_to_save=['lm_head']"
+                f"the head of {name} is a {type(head).__module__}.{type(head).__name__}, not one linear map: "
+                "leave it out of LoRA's target_modules and of trainable_token_indices, or train all of it "
+                "with modules_to_save=['lm_head']"
             )
         head = head.modules_to_save[head.active_adapters[0]]
     if not head.weight.is_floating_point():
@@ -211,16 +214,16 @@ def _find_router(model: PreTrainedModel, config: PreTrainedConfig) -> RouterLoss
         return None
     module = sys.modules[type(model).__module__]
     load_balancing = getattr(module, "load_balancing_loss_func", None)
-    wanted = ("router_aux_loss_coef", "num_experts", "num_experts_per_tok")
-    missing = [name for name in wanted if not hasattr(model, name)]
-    if load_balancing is None or missing or "top_k" not in inspect.signature(load_balancing).parameters:
+    numbers = vars(model)
+    known = {"router_aux_loss_coef", "num_experts", "num_experts_per_tok"} <= numbers.keys()
+    if load_balancing is None or not known or "top_k" not in inspect.signature(load_balancing).parameters:
         raise ValueError(
-            f"{type(model).__name__} has output_router_logits=True in its config, but computes the balance of its "
-            "experts in a way that is not known here. Set output_router_logits=False to train without it"
+            f"{type(model).__name__} has output_router_logits=True in its config, but computes the balance "
+            "of its experts in a way that is not known here. Set output_router_logits=False to train without it"
         )
     return RouterLoss(
-        coefficient=model.router_aux_loss_coef,
-        num_experts=model.num_experts,
-        experts_per_token=model.num_experts_per_tok,
+        coefficient=numbers["router_aux_loss_coef"],
+        num_experts=numbers["num_experts"],
+        experts_per_token=numbers["num_experts_per_tok"],
         load_balancing=load_balancing,
     )

@@ -1,13 +1,13 @@
 """The attention function of packed rows, as transformers' models call it.
 
 `register()` makes `orpo_packed` an attention implementation of transformers. A model set to it (see
-`packed_attention_enabled`) calls `packed_attention` in every layer with query, key and value of the whole row, and
-with the forward's keyword arguments, among them `layout`: the segments of this micro-batch. transformers builds no
-mask for an implementation it has no mask function for (`masking_utils._preprocess_mask_arguments`), so the layout is
-all there is to say who sees whom.
+`packed_attention_enabled`) calls `packed_attention` in every layer with query, key and value of the whole
+row, and with the forward's keyword arguments, among them `layout`: the segments of this micro-batch.
+transformers builds no mask for an implementation it has no mask function for
+(`masking_utils._preprocess_mask_arguments`), so the layout is all there is to say who sees whom.
 
-What this function cannot do it refuses by name. A keyword it does not know may change the result (a learned sink, a
-position bias, a sparse index), so it is refused too.
+What this function cannot do it refuses by name. A keyword it does not know may change the result (a learned
+sink, a position bias, a sparse index), so it is refused too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from orpo_ds.model.kernels.score_rule import ScoreRule
 
 ATTENTION_NAME = "orpo_packed"
 
-# Forward arguments that models hand down to their attention and that say nothing about the scores. Positions and
-# rotary embeddings are in the query and the key already.
+# Forward arguments that models hand down to their attention and that say nothing about the scores. Positions
+# and rotary embeddings are in the query and the key already.
 NEUTRAL_ARGUMENTS = frozenset(
     {
         "cache_position",
@@ -109,8 +109,8 @@ def packed_attention(
     layer = type(module).__name__
     if layout is None:
         raise UnsupportedAttentionError(
-            f"{layer} calls {ATTENTION_NAME} without a layout: pass layout=... to the backbone's forward, or the "
-            "model does not hand its keyword arguments down to the attention"
+            f"{layer} calls {ATTENTION_NAME} without a layout: the backbone was not given layout=..., or it "
+            "does not hand its keyword arguments down to the attention"
         )
     _refuse_unsupported(
         layer, attention_mask, dropout=dropout, is_causal=_is_causal(module, is_causal), kwargs=kwargs
@@ -152,8 +152,8 @@ def _refuse_foreign_shapes(layer: str, query: Tensor, key: Tensor, layout: Varle
     tokens = layout.segments[-1][1]
     if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise UnsupportedAttentionError(
-            f"{layer} brings queries {tuple(query.shape)} and keys {tuple(key.shape)} [batch, heads, tokens, size] for "
-            f"a layout of one row of {tokens} tokens: {ATTENTION_NAME} works without a cache and on one packed row"
+            f"{layer} brings queries {tuple(query.shape)} and keys {tuple(key.shape)} (batch, heads, tokens, "
+            f"size) for a layout of {tokens} tokens; {ATTENTION_NAME} takes one packed row and no cache"
         )
 
 
@@ -184,7 +184,7 @@ def packed_attention_enabled(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config that an attention layer of `model` may read: those of its sub-models, and their sub-configs."""
+    """Every config that an attention layer may read: those of the sub-models, and their sub-configs."""
     found: dict[int, PreTrainedConfig] = {}
     waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     while waiting:

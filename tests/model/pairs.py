@@ -16,7 +16,7 @@ FIRST_ORDINARY_ID = 3  # below it: pad, bos, eos
 def random_pair(
     *, trunk: int, chosen: int, rejected: int, vocab_size: int, generator: torch.Generator
 ) -> TokenPair:
-    """A pair whose sequences share `trunk` tokens and go on for `chosen` and `rejected` tokens; the prompt is the trunk."""
+    """A pair whose prompt is a trunk of `trunk` tokens, and whose responses have `chosen` and `rejected`."""
 
     def draw(count: int) -> list[int]:
         return torch.randint(FIRST_ORDINARY_ID, vocab_size, (count,), generator=generator).tolist()

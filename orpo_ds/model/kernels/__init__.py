@@ -1,8 +1,8 @@
 """Three ways to compute the attention of a packed row, one signature, and the rule that picks among them.
 
-A kernel takes query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv], the layout of the row and a ScoreRule, and
-returns [T, Hq, Dv] in query's dtype. Hq is a multiple of Hkv. Every kernel is differentiable in the three tensors and
-stateless, so recomputation under gradient checkpointing repeats it exactly.
+A kernel takes query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv], the layout of the row and a ScoreRule,
+and returns [T, Hq, Dv] in query's dtype. Hq is a multiple of Hkv. Every kernel is differentiable in the three
+tensors and stateless, so recomputation under gradient checkpointing repeats it exactly.
 
 | kernel         | runs on                        | head size | soft-cap |
 | -------------- | ------------------------------ | --------- | -------- |
@@ -37,7 +37,8 @@ class Kernel(Protocol):
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, rule: ScoreRule
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Attention of a packed row."""
 
 
 def choose_kernel(query: Tensor, value: Tensor, rule: ScoreRule) -> Kernel:

@@ -11,8 +11,8 @@ class ScoreRule:
 
     Attributes:
         scaling: factor of the dot product, usually D ** -0.5.
-        window: a token sees itself and at most the `window - 1` tokens before it (transformers' `sliding_window`);
-            None is no limit.
+        window: a token sees itself and at most the `window - 1` tokens before it (transformers'
+            `sliding_window`); None is no limit.
         softcap: bound of the scores (Gemma 2, arXiv:2408.00118, section 2); None is no bound.
     """
 

@@ -1,15 +1,16 @@
-"""Attention of a packed row on any device and dtype: torch's scaled_dot_product_attention, segment by segment.
+"""Attention of a packed row on any device and dtype: torch's SDPA, segment by segment.
 
-A segment that only sees itself is plain causal attention, which SDPA has a fast path for. A rejected branch sees its
-trunk too: SDPA aligns `is_causal` top-left, so those segments, and all that a sliding window cuts, carry a boolean
-mask. (Two calls, trunk and branch, merged by their log-sum-exp do fewer products but were no faster on a CPU: 5.8 ms
-against 4.6 ms forward, 20 ms against 17 ms with backward; 9 heads of 64, trunk 350, branch 230, one core, fp32.)
+A segment that only sees itself is plain causal attention, which SDPA has a fast path for. A rejected branch
+sees its trunk too: SDPA aligns `is_causal` top-left, so those segments, and all that a sliding window cuts,
+carry a boolean mask. (Two calls, trunk and branch, merged by their log-sum-exp do fewer products but were no
+faster on a CPU: 5.8 ms against 4.6 ms forward, 20 ms against 17 ms with backward; 9 heads of 64, trunk 350,
+branch 230, one core, fp32.)
 
-SDPA knows no soft-cap. Those scores are computed here, in fp32, for a block of queries at a time, and again in
-backward, so that a block is all that is ever alive.
+SDPA knows no soft-cap. Those scores are computed here, in fp32, for a block of queries at a time, and again
+in backward, so that a block is all that is ever alive.
 
-Keys are cut into pieces once, at all borders of the layout, and a segment joins the pieces it sees. Slicing the row
-for each segment would be shorter, but the backward of every slice fills a gradient of the whole row.
+Keys are cut into pieces once, at all borders of the layout, and a segment joins the pieces it sees. Slicing
+the row for each segment would be shorter, but the backward of every slice fills a gradient of the whole row.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCORES_AT_ONCE = 2**24  # soft-cap only: 64 MiB of fp32 scores
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, rule: ScoreRule
 ) -> Tensor:
-    """Attention of a packed row; see `orpo_ds.model.kernels` for the shapes. Soft-capped scores are fp32 at least."""
+    """Attention of a packed row; see `orpo_ds.model.kernels` for the shapes."""
     plan = _plan_of(layout)
     query, key, value = (heads.transpose(0, 1) for heads in (query, key, value))  # [H, T, D]
     queries = query.split([segment.queries for segment in plan.segments], dim=1)

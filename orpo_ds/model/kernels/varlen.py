@@ -1,13 +1,14 @@
 """The CUDA kernels: flash-attn's and torch's variable-length attention, called with gathered keys.
 
-Both take queries and keys with borders of their own (`cu_seqlens_q`, `cu_seqlens_k`, int32). The queries of a packed
-row lie in order already; keys and values are gathered once, trunk before branch. Where a segment has more keys than
-queries both align the causal mask with the bottom right corner (flash-attn since 2.1), so that query i of a rejected
-branch sees the trunk and the branch up to itself. A window of w tokens is (w - 1, 0) to both: they count the tokens to
-the left of the diagonal, inclusive.
+Both take queries and keys with borders of their own (`cu_seqlens_q`, `cu_seqlens_k`, int32). The queries of a
+packed row lie in order already; keys and values are gathered once, trunk before branch. Where a segment has
+more keys than queries both align the causal mask with the bottom right corner (flash-attn since 2.1), so that
+query i of a rejected branch sees the trunk and the branch up to itself. A window of w tokens is (w - 1, 0) to
+both: they count the tokens to the left of the diagonal, inclusive.
 
-The gather's backward adds into a trunk row at most two gradients. A sum of two is the same in either order, so runs
-repeat bit by bit even though CUDA's index_add works in no fixed order.
+The gather's backward adds at most two gradients into a row (a trunk is seen by its own segment and by one
+branch). A sum of two is the same in either order, so it repeats bit by bit although CUDA's index_add works in
+no fixed order. The kernels' own backward does so when torch's deterministic algorithms are asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def load_flash_attn() -> Callable[..., Tensor] | None:
+def load_flash_attn() -> Callable[..., Any] | None:
     """`flash_attn.flash_attn_varlen_func`, or None (and one line in the log) where it cannot be imported."""
     try:
         from flash_attn import flash_attn_varlen_func
@@ -39,7 +42,7 @@ def load_flash_attn() -> Callable[..., Tensor] | None:
 
 
 @cache
-def load_torch_varlen() -> Callable[..., Tensor] | None:
+def load_torch_varlen() -> Callable[..., Any] | None:
     """`torch.nn.attention.varlen.varlen_attn`, or None where this torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -68,8 +71,9 @@ def flash_attention(
         causal=True,
         window_size=_window(rule),
         softcap=rule.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return out[..., : value.shape[-1]]
+    return _narrow(out, value)
 
 
 def torch_varlen_attention(
@@ -77,9 +81,8 @@ def torch_varlen_attention(
 ) -> Tensor:
     """Attention of a packed row by `varlen_attn`; see `orpo_ds.model.kernels` for the shapes."""
     attend = load_torch_varlen()
-    assert attend is not None and rule.softcap is None, (
-        "choose_kernel takes varlen_attn only where it can do this"
-    )
+    assert attend is not None, "choose_kernel takes varlen_attn only where this torch has it"
+    assert rule.softcap is None, "choose_kernel takes varlen_attn only without a soft-cap"
     width = max(query.shape[-1], value.shape[-1])
     width += -width % HEAD_DIM_MULTIPLE
     out = attend(
@@ -94,7 +97,7 @@ def torch_varlen_attention(
         window_size=_window(rule),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out[..., : value.shape[-1]]
+    return _narrow(out, value)
 
 
 def _window(rule: ScoreRule) -> tuple[int, int]:
@@ -106,3 +109,8 @@ def _widen(heads: Tensor, width: int) -> Tensor:
     """Zeros up to `width` in the last dimension: they change no dot product and are cut off the output."""
     missing = width - heads.shape[-1]
     return functional.pad(heads, (0, missing)) if missing else heads
+
+
+def _narrow(out: Tensor, value: Tensor) -> Tensor:
+    """The head size of the values again."""
+    return out[..., : value.shape[-1]]
