@@ -47,8 +47,9 @@ NO_PAIR = -1  # in TargetRows.chosen_pair and .rejected_pair: the row belongs to
 
 @dataclass(frozen=True, eq=False)
 class VarlenLayout:
-    """What a variable-length attention kernel must know of one packed row of T tokens; S segments, K gathered
-    keys.
+    """What a variable-length attention kernel must know of one packed row.
+
+    T tokens, S segments, K gathered keys.
 
     Attributes:
         cu_seqlens_q: int32 [S+1], cumulated query lengths; segment s asks with rows `cu_seqlens_q[s]` up to
@@ -79,7 +80,7 @@ class TargetRows:
         label: int64 [R], the token id whose log-prob is asked for.
         nll: bool [R], counts in the nll.
         chosen_pair: int64 [R], number (in this micro-batch) of the pair whose chosen response has this token,
-        or -1.
+            or -1.
         rejected_pair: int64 [R], the same for the rejected response.
         chosen_len: int64 [P], chosen response tokens with a log-prob: the denominator of the mean.
         rejected_len: int64 [P], the same for the rejected response.
@@ -111,7 +112,7 @@ class MicroBatch:
         real_tokens: tokens pushed through the model that are not padding. `real_tokens / input_ids.numel()`
             is the packing efficiency.
         unshared_tokens: tokens of the two full sequences. `1 - real_tokens / unshared_tokens` is what the
-        trunks save.
+            trunks save.
         decoder_input_ids: int64 [B, S_dec], encoder-decoder models only. `rows.index` then points into the
             flattened output of the decoder.
     """

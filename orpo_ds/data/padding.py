@@ -57,8 +57,7 @@ def pad(
 def pad_encoder_decoder(
     pairs: Sequence[TokenPair], *, pair_ids: Sequence[int], pad_token_id: int, decoder_start_token_id: int
 ) -> MicroBatch:
-    """Lay P pairs out for an encoder-decoder model: prompts `input_ids` [2P, S], responses shifted [2P,
-    S_dec].
+    """Lay P pairs out for an encoder-decoder model: prompts `input_ids` [2P, S], responses [2P, S_dec].
 
     The decoder starts with `decoder_start_token_id`, so every response token has a source, and the prompt has
     none: the nll covers the chosen response (as in TRL). Padding in `decoder_input_ids` stands on the right,

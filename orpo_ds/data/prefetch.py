@@ -8,10 +8,10 @@ overlaps with the kernels of the current micro-batch.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Event, Semaphore, Thread
 from typing import Protocol
 
 import torch
@@ -42,9 +42,11 @@ class HostTransfer:
     """For a model on the CPU: the micro-batch is where it has to be."""
 
     def send(self, micro_batch: MicroBatch) -> Sent:
+        """Nothing to start."""
         return Sent(micro_batch)
 
     def receive(self, sent: Sent) -> MicroBatch:
+        """Nothing to wait for."""
         return sent.micro_batch
 
 
@@ -56,6 +58,7 @@ class CudaTransfer:
         self._stream = torch.cuda.Stream(device)
 
     def send(self, micro_batch: MicroBatch) -> Sent:
+        """Pin the tensors and start their copies on the side stream."""
         # The caching host allocator keeps the pinned source alive until the copy is done.
         pinned = micro_batch.map_tensors(Tensor.pin_memory)
         with torch.cuda.stream(self._stream):
@@ -63,6 +66,7 @@ class CudaTransfer:
         return Sent(on_device, self._stream.record_event())
 
     def receive(self, sent: Sent) -> MicroBatch:
+        """Let the current stream wait for the copies, and the allocator know that it reads them."""
         assert sent.arrived is not None
         consumer = torch.cuda.current_stream(self._device)
         consumer.wait_event(sent.arrived)
@@ -79,15 +83,6 @@ class CudaTransfer:
 def transfer_to(device: torch.device) -> Transfer:
     """The way micro-batches take to this device."""
     return CudaTransfer(device) if device.type == "cuda" else HostTransfer()
-
-
-@dataclass(frozen=True)
-class _Failed:
-    error: BaseException
-
-
-class _Finished:
-    """No further micro-batch follows."""
 
 
 class MicroBatchLoader:
@@ -123,39 +118,21 @@ class MicroBatchLoader:
         self._depth = depth
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        ready: SimpleQueue[Sent | _Failed | _Finished] = SimpleQueue()
-        free_places = Semaphore(self._depth)
-        closed = Event()
-        thread = Thread(
-            target=self._produce, args=(ready, free_places, closed), name="orpo_ds-prefetch", daemon=True
-        )
-        thread.start()
-        try:
-            while not isinstance(item := ready.get(), _Finished):
-                if isinstance(item, _Failed):
-                    raise item.error
-                free_places.release()
-                yield self._transfer.receive(item)
-        finally:
-            closed.set()
-            free_places.release()  # wakes a thread that waits for a place
-            thread.join()
+        groups = iter(self._groups)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="orpo_ds-prefetch") as background:
+            ahead = deque(background.submit(self._next, groups) for _ in range(self._depth))
+            try:
+                while (sent := ahead.popleft().result()) is not None:
+                    ahead.append(background.submit(self._next, groups))
+                    yield self._transfer.receive(sent)
+            finally:
+                background.shutdown(cancel_futures=True)
 
-    def _produce(
-        self, ready: SimpleQueue[Sent | _Failed | _Finished], free_places: Semaphore, closed: Event
-    ) -> None:
-        """Body of the thread: one item for every group, then one that ends the iteration."""
-        try:
-            for group in self._groups:
-                free_places.acquire()
-                if closed.is_set():
-                    return
-                ready.put(self._made(group))
-            ready.put(_Finished())
-        except BaseException as error:  # of any kind: the consumer must not wait for a thread that is gone
-            ready.put(_Failed(error))
-
-    def _made(self, group: Sequence[int]) -> Sent:
+    def _next(self, groups: Iterator[Sequence[int]]) -> Sent | None:
+        """Build and send the next group's micro-batch; None after the last. Runs in the background thread."""
+        group = next(groups, None)
+        if group is None:
+            return None
         try:
             return self._transfer.send(self._build(group))
         except Exception as error:
