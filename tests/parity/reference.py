@@ -100,7 +100,9 @@ def padded_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return picked.where(labels != IGNORED, 0.0)
 
 
-def orpo_from_token_logps(token_logps: Tensor, *, nll: Tensor, response: Tensor, beta: float) -> OrpoReference:
+def orpo_from_token_logps(
+    token_logps: Tensor, *, nll: Tensor, response: Tensor, beta: float
+) -> OrpoReference:
     """Equations 3 to 7 on the log-probabilities of the tokens of P pairs.
 
     `token_logps` float64 `[2P, L]`, the P chosen first. `nll` bool `[P, L]`: the tokens of the chosen sequences that

@@ -15,7 +15,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """259 ids: <pad> 0, <s> 1, </s> 2, then the bytes; special tokens asked for, it ends a text with </s> as T5's does."""
+    """259 ids: <pad> 0, <s> 1, </s> 2, then the bytes. Asked for special tokens, it ends a text with </s>, as T5's."""
     special = ["<pad>", "<s>", "</s>"]
     symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))

@@ -5,9 +5,9 @@ it called by hand; the only thing added is a callback that copies the gradients 
 """
 
 import copy
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +41,11 @@ the [T, V] logits that this project never forms."""
 
 @dataclass(frozen=True)
 class TrlStep:
-    """`gradients` by parameter name; `logged`: the whole line of step 1; `rows`: TRL's token ids of each row."""
+    """`gradients` by parameter name; `logged`: the whole line of step 1."""
 
     loss: float
     gradients: dict[str, Tensor]
     logged: dict[str, float]
-    rows: list[dict[str, list[int]]]
 
 
 class _KeepGradients(TrainerCallback):
@@ -72,7 +71,6 @@ def train_one_step(
     *,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
-    output_dir: Path,
     beta: float = 0.1,
     max_length: int = 1024,
     max_completion_length: int | None = None,
@@ -82,35 +80,31 @@ def train_one_step(
     `rows` are preference rows as TRL documents them, conversational or not. `max_completion_length` is for
     encoder-decoders only.
     """
-    args = ORPOConfig(
-        output_dir=str(output_dir),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=len(rows),
-        max_steps=1,
-        logging_steps=1,
-        max_grad_norm=0.0,
-        beta=beta,
-        max_length=max_length,
-        max_completion_length=max_completion_length,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    keep = _KeepGradients()
-    trainer = ORPOTrainer(
-        model=copy.deepcopy(model),
-        args=args,
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list([dict(row) for row in rows]),
-        callbacks=[keep],
-    )
-    tokenised = [
-        {name: list(ids) for name, ids in row.items() if name.endswith(("_input_ids", "_labels"))}
-        for row in trainer.train_dataset
-    ]
-    with torch.random.fork_rng():
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        args = ORPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=len(rows),
+            max_steps=1,
+            logging_steps=1,
+            max_grad_norm=0.0,
+            beta=beta,
+            max_length=max_length,
+            max_completion_length=max_completion_length,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        keep = _KeepGradients()
+        trainer = ORPOTrainer(
+            model=copy.deepcopy(model),
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([dict(row) for row in rows]),
+            callbacks=[keep],
+        )
         trainer.train()
     logged = trainer.state.log_history[0]
-    return TrlStep(loss=logged["loss"], gradients=keep.gradients, logged=logged, rows=tokenised)
+    return TrlStep(loss=logged["loss"], gradients=keep.gradients, logged=logged)
