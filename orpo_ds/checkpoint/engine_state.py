@@ -77,8 +77,8 @@ def check_engine(engine: DeepSpeedEngine) -> None:
     if not isinstance(engine.checkpoint_engine, TorchCheckpointEngine):
         writer = type(engine.checkpoint_engine).__name__
         raise ValueError(
-            f"the DeepSpeed JSON chooses {writer} to write checkpoints; here each file must be complete when its "
-            "save ends. Remove checkpoint.writer, nebula and datastates from the JSON."
+            f"the DeepSpeed JSON chooses {writer} to write checkpoints; here each file must be complete when "
+            "its save ends. Remove checkpoint.writer, nebula and datastates from the JSON."
         )
     if engine.zero_optimization() and not engine.zero_load_from_fp32_weights():
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Watching a run: metric sums, `metrics.jsonl`, W&B, and what the device can do."""
