@@ -78,7 +78,10 @@ def _load_files(files: list[Path], *, split: str) -> datasets.Dataset:
 
 def _load_folder(folder: Path, *, split: str) -> datasets.Dataset:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        saved = datasets.load_from_disk(str(folder))
+        try:
+            saved = datasets.load_from_disk(str(folder))
+        except IndexError as error:  # `datasets` saves a dataset without rows, but cannot open it again
+            raise ValueError(f"the dataset {str(folder)!r} is empty: it was saved without rows") from error
         splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
         return _take_split(splits, split=split, name=str(folder))
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _data_suffix(file) in BUILDERS]
@@ -103,7 +106,7 @@ def _load(builder: str, *, files: list[Path], split: str, **options: Any) -> dat
     """Run `load_dataset` over local files, and explain its errors."""
     try:
         rows = datasets.load_dataset(builder, split=split, **options)
-    except (DatasetGenerationError, UnicodeDecodeError) as error:
+    except DatasetGenerationError as error:
         _explain_json(files)
         raise ValueError(
             f"{' or '.join(str(file) for file in files[:5])} cannot be read: {error.__cause__ or error}"
@@ -164,7 +167,9 @@ def _nearest(path: Path) -> str:
     """A suggestion for the first part of a path that does not exist."""
     while not path.parent.is_dir():
         path = path.parent
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    near = difflib.get_close_matches(
+        path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.5
+    )
     return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 

@@ -104,7 +104,7 @@ def tokenize_dataset(
 
     Raises:
         ValueError: no rows, no such columns, unusable rows under "error", no usable row at all, no chat
-            template for conversations, or no EOS token.
+            template for conversations, no EOS token, or text that is not UTF-8.
     """
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(
@@ -123,19 +123,22 @@ def tokenize_dataset(
     key = _cache_key(rows, processing_class=processing_class, options=options)
 
     def tokenize_into(folder: Path) -> datasets.Dataset:
-        return rows.map(
-            _TokenizeBatch(processing_class, options),
-            with_indices=True,
-            batched=True,
-            batch_size=MAP_BATCH_ROWS,
-            remove_columns=known,
-            features=FEATURES,
-            cache_file_name=str(folder / "pairs.arrow"),
-            load_from_cache_file=False,
-            new_fingerprint=key,
-            num_proc=num_proc,
-            desc="Tokenising",
-        )
+        try:
+            return rows.map(
+                _TokenizeBatch(processing_class, options),
+                with_indices=True,
+                batched=True,
+                batch_size=MAP_BATCH_ROWS,
+                remove_columns=known,
+                features=FEATURES,
+                cache_file_name=str(folder / "pairs.arrow"),
+                load_from_cache_file=False,
+                new_fingerprint=key,
+                num_proc=num_proc,
+                desc="Tokenising",
+            )
+        except UnicodeDecodeError as error:  # Arrow takes any bytes for text until they are read
+            raise ValueError(f"the dataset has text that is not UTF-8: {error}. Convert its files") from error
 
     tokenized = build_once(root / key, tokenize_into)
     _report_unusable(tokenized, unusable=unusable, num_rows=len(rows))

@@ -160,6 +160,6 @@ def truncate_pair(
         raise RowError(
             reason="identical_responses",
             row=row_number,
-            detail=f"chosen and rejected are the same tokens within max_length={options.max_length}",
+            detail=f"chosen and rejected are the same {len(chosen)} tokens after truncation",
         )
     return TokenPair(chosen, rejected, chosen_start, rejected_start, common_prefix_length(chosen, rejected))
