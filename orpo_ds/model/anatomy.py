@@ -13,10 +13,14 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from orpo_ds.data.packing import MicroBatch
+from orpo_ds.model.attention import AttentionCall
 
 # `config.logits_scaling` divides the logits (Granite) or the hidden states (MiniCPM3). It multiplies here:
 LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
@@ -56,7 +60,7 @@ class ModelParts:
     """
 
     model: PreTrainedModel
-    backbone: nn.Module
+    backbone: PreTrainedModel
     head: nn.Linear
     scale: float
     softcap: float | None
@@ -65,10 +69,9 @@ class ModelParts:
     @property
     def bias(self) -> Tensor | None:
         """[V], or None. Read it where it is used: moving the model to a device replaces a buffer."""
-        if "final_logits_bias" in dict(
-            self.model.named_buffers(recurse=False)
-        ):  # BART and its relatives, [1, V]
-            return self.model.get_buffer("final_logits_bias").squeeze(0)
+        buffers = dict(self.model.named_buffers(recurse=False))
+        if "final_logits_bias" in buffers:  # BART and its relatives, [1, V]
+            return buffers["final_logits_bias"].squeeze(0)
         return self.head.bias
 
     @property
@@ -81,16 +84,25 @@ class ModelParts:
         """Whether hidden states need an encoder first."""
         return bool(self.model.config.is_encoder_decoder)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All logits [..., V] of a few hidden states [..., H], by calling the head; for checks and tests."""
-        logits: Tensor = self.head(hidden)
-        if self.bias is not None and self.head.bias is None:
-            logits = self.scale * logits + self.bias
-        elif self.bias is not None:
-            logits = self.scale * (logits - self.bias) + self.bias
-        else:
-            logits = self.scale * logits
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model in `model`, which may be a PeftModel around it.
+
+    Raises:
+        ValueError: neither, or a PeftModel that changes more than the weights.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    from peft import PeftModel  # only a user who has it can bring such a model
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{type(model).__name__} is neither a transformers PreTrainedModel nor a PeftModel")
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{model.peft_type} puts virtual tokens before the prompt, which the packed layout has no place "
+            "for: use an adapter that changes weights (LoRA, IA3, ...)"
+        )
+    return transformers_model(model.get_base_model())
 
 
 def find_parts(model: nn.Module) -> ModelParts:
@@ -99,20 +111,50 @@ def find_parts(model: nn.Module) -> ModelParts:
     Raises:
         ValueError: naming what this model has that its log-probs cannot be computed from a plain head.
     """
-    base = _without_peft(model)
-    name = type(base).__name__
-    backbone = base.get_decoder()
-    if backbone is base:
-        raise ValueError(f"{name} has no head on top of a backbone: load the model with AutoModelForCausalLM")
+    base = transformers_model(model)
     config = base.config.get_text_config(decoder=True)
     return ModelParts(
         model=base,
-        backbone=backbone,
+        backbone=_find_backbone(base),
         head=_find_head(base),
         scale=_logit_scale(base, config),
         softcap=_final_softcap(config),
         router=_find_router(base, config),
     )
+
+
+def hidden_states(
+    parts: ModelParts, batch: MicroBatch, *, attention_calls: list[AttentionCall] | None = None
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Push a micro-batch through the backbone, and through the encoder before it where there is one.
+
+    Args:
+        parts: of the model; it must use the packed attention when the micro-batch is packed.
+        batch: packed, padded, or padded for an encoder-decoder model.
+        attention_calls: packed only, see `packed_attention`.
+
+    Returns:
+        The last hidden states [N, H] of all N tokens that `batch.rows.index` counts, and the router's logits
+        where `parts.router` wants them, else None.
+    """
+    keywords: dict[str, Any] = {"use_cache": False}
+    if batch.decoder_input_ids is not None:
+        encoder = parts.model.get_encoder()
+        encoded = encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        keywords.update(encoder_hidden_states=encoded, encoder_attention_mask=batch.attention_mask)
+        return parts.backbone(batch.decoder_input_ids, **keywords).last_hidden_state.flatten(0, 1), None
+    if batch.layout is None:
+        keywords["attention_mask"] = (
+            batch.attention_mask
+        )  # positions are the default: padding is on the right
+    else:
+        keywords.update(position_ids=batch.position_ids, layout=batch.layout)
+        if attention_calls is not None:
+            keywords["attention_calls"] = attention_calls
+    if parts.router is not None:
+        keywords["output_router_logits"] = True
+    output = parts.backbone(batch.input_ids, **keywords)
+    return output.last_hidden_state.flatten(0, 1), output.router_logits if parts.router is not None else None
 
 
 def router_aux_loss(parts: ModelParts, router_logits: tuple[Tensor, ...], *, token_weight: Tensor) -> Tensor:
@@ -135,25 +177,20 @@ def router_aux_loss(parts: ModelParts, router_logits: tuple[Tensor, ...], *, tok
     assert router is not None, "the caller asks for router logits only where there is a router"
     if torch.is_grad_enabled() and parts.model.training and not router_logits[0].requires_grad:
         raise ValueError(
-            "the router's logits have no gradient: set gradient_checkpointing_kwargs={'use_reentrant': False}, "
+            "the router's logits have no gradient: set gradient_checkpointing_kwargs={'use_reentrant': False} "
             "or output_router_logits=False in the model's config to train without load balancing"
         )
     return router.load_balancing(router_logits, router.num_experts, router.experts_per_token, token_weight)
 
 
-def _without_peft(model: nn.Module) -> PreTrainedModel:
-    if isinstance(model, PreTrainedModel):
-        return model
-    from peft import PeftModel  # only a user who has it can bring such a model
-
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"{type(model).__name__} is neither a transformers PreTrainedModel nor a PeftModel")
-    if model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{model.peft_type} puts virtual tokens before the prompt, which the packed layout has no place "
-            "for: use an adapter that changes weights (LoRA, IA3, ...)"
-        )
-    return _without_peft(model.get_base_model())
+def _find_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model below the head. `get_decoder` is a best effort, and in a few families a head or the model itself."""
+    for candidate in (model.get_decoder(), model.base_model, dict(model.named_children()).get("model")):
+        if isinstance(candidate, PreTrainedModel) and candidate is not model:
+            return candidate
+    raise ValueError(
+        f"{type(model).__name__} has no head on top of a backbone: load the model with AutoModelForCausalLM"
+    )
 
 
 def _find_head(model: PreTrainedModel) -> nn.Linear:
@@ -181,36 +218,29 @@ def _find_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def _logit_scale(model: PreTrainedModel, config: PreTrainedConfig) -> float:
-    """Product of all factors between the last hidden state and the logits."""
-    scale = 1.0
-    if config.model_type in LOGITS_SCALING_MULTIPLIES:
-        scale *= config.logits_scaling
-    elif "logits_scaling" in config:
-        scale /= config.logits_scaling
-    if "logit_scale" in config and config.logit_scale is not None:  # Cohere
-        scale *= config.logit_scale
-    if "lm_head_multiplier" in config:  # Falcon-H1
-        scale *= config.lm_head_multiplier
-    if "logits_mup_width_multiplier" in config:  # Inkling
-        scale /= config.logits_mup_width_multiplier
-    if "scale_decoder_outputs" in config:  # T5, tied
-        scale *= config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-    elif model.config.model_type == "switch_transformers" and model.config.tie_word_embeddings:
+    """Product of all factors between the last hidden state and the logits.
+
+    Configs are asked with a default: some of these settings are properties of one family's config class.
+    """
+    scaling = getattr(config, "logits_scaling", 1.0)
+    scale = scaling if config.model_type in LOGITS_SCALING_MULTIPLIES else 1.0 / scaling
+    for factor in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        scale *= getattr(config, factor, None) or 1.0
+    scale /= getattr(config, "logits_mup_width_multiplier", None) or 1.0  # Inkling
+    tied_t5 = getattr(config, "scale_decoder_outputs", False)  # T5 and LongT5; Switch asks for the tie itself
+    if tied_t5 or (config.model_type == "switch_transformers" and model.config.tie_word_embeddings):
         scale *= config.d_model**-0.5
     return float(scale)
 
 
 def _final_softcap(config: PreTrainedConfig) -> float | None:
     """Gemma 2 to 4 and their relatives; RecurrentGemma has a name of its own for it."""
-    for name in ("final_logit_softcapping", "logits_soft_cap"):
-        if name in config:
-            softcap: float | None = getattr(config, name)
-            return softcap
-    return None
+    softcap: float | None = getattr(config, "final_logit_softcapping", None)
+    return getattr(config, "logits_soft_cap", None) if softcap is None else softcap
 
 
 def _find_router(model: PreTrainedModel, config: PreTrainedConfig) -> RouterLoss | None:
-    if "output_router_logits" not in config or not config.output_router_logits:
+    if not getattr(config, "output_router_logits", False):
         return None
     module = sys.modules[type(model).__module__]
     load_balancing = getattr(module, "load_balancing_loss_func", None)
@@ -219,7 +249,7 @@ def _find_router(model: PreTrainedModel, config: PreTrainedConfig) -> RouterLoss
     if load_balancing is None or not known or "top_k" not in inspect.signature(load_balancing).parameters:
         raise ValueError(
             f"{type(model).__name__} has output_router_logits=True in its config, but computes the balance "
-            "of its experts in a way that is not known here. Set output_router_logits=False to train without it"
+            "of its experts in a way that is not known here. Set output_router_logits=False to go without"
         )
     return RouterLoss(
         coefficient=numbers["router_aux_loss_coef"],

@@ -135,7 +135,7 @@ def _refuse_unsupported(
     if attention_mask is not None:
         reasons.append("an attention mask")
     if dropout > 0.0:
-        reasons.append(f"attention dropout ({dropout}); set the model's attention dropout to 0")
+        reasons.append(f"attention dropout of {dropout}")
     if not is_causal:
         reasons.append("attention that is not causal")
     for name, value in kwargs.items():
@@ -158,14 +158,18 @@ def _refuse_foreign_shapes(layer: str, query: Tensor, key: Tensor, layout: Varle
 
 
 @contextmanager
-def packed_attention_enabled(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context every layer of `model` uses the packed attention; what it used before is restored.
+def packed_attention_enabled(module: nn.Module) -> Iterator[None]:
+    """Within the context the transformers model in `module` uses the packed attention; then what it had before.
 
-    Backward recomputes checkpointed layers, so it must lie within the context too.
+    Backward recomputes checkpointed layers, so it must lie within the context too. Generation must not.
+
+    Args:
+        module: a transformers model, or something around one (a PeftModel, a policy).
 
     Raises:
         UnsupportedAttentionError: if the model's class does not go through transformers' attention interface.
     """
+    model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedAttentionError(
             f"{type(model).__name__} computes attention in code of its own, not through transformers' "

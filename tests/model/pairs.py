@@ -16,21 +16,25 @@ FIRST_ORDINARY_ID = 3  # below it: pad, bos, eos
 def random_pair(
     *, trunk: int, chosen: int, rejected: int, vocab_size: int, generator: torch.Generator
 ) -> TokenPair:
-    """A pair whose prompt is a trunk of `trunk` tokens, and whose responses have `chosen` and `rejected`."""
+    """A pair whose sequences share `trunk` tokens and go on for `chosen` and `rejected` tokens.
+
+    The prompt is the trunk. Where one sequence is the beginning of the other, so that the trunk holds a whole
+    response, the prompt is half of it.
+    """
 
     def draw(count: int) -> list[int]:
         return torch.randint(FIRST_ORDINARY_ID, vocab_size, (count,), generator=generator).tolist()
 
     shared, branch_c, branch_r = draw(trunk), draw(chosen), draw(rejected)
     if branch_c and branch_r and branch_c[0] == branch_r[0]:  # or the trunk would be longer than asked for
-        branch_r[0] = FIRST_ORDINARY_ID + (branch_r[0] - FIRST_ORDINARY_ID + 1) % (
-            vocab_size - FIRST_ORDINARY_ID
-        )
+        ordinary = vocab_size - FIRST_ORDINARY_ID
+        branch_r[0] = FIRST_ORDINARY_ID + (branch_r[0] - FIRST_ORDINARY_ID + 1) % ordinary
+    prompt = trunk if branch_c and branch_r else trunk // 2
     return TokenPair(
         chosen=shared + branch_c,
         rejected=shared + branch_r,
-        chosen_start=trunk,
-        rejected_start=trunk,
+        chosen_start=prompt,
+        rejected_start=prompt,
         trunk=trunk,
     )
 
