@@ -1,0 +1,204 @@
+"""`orpo-ds`: one sub-command, one function.
+
+    orpo-ds train --config run.yaml [--any_field value …]
+    deepspeed --num_gpus 8 --module orpo_ds train --config run.yaml [--any_field value …]
+
+The YAML file and the flags have the same flat names, those of `ScriptArguments` and `ORPOConfig`; a flag wins over
+the file. A mistake of the user ends in one message and exit status 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+    from orpo_ds.config import ORPOConfig, ScriptArguments
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a sub-command; the entry point of `orpo-ds` and `python -m orpo_ds`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher puts --local_rank=N before everything else; the environment says the same.
+    words = [word for word in words if not word.startswith("--local_rank=")]
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if words[0] in ("-V", "--version"):
+        from orpo_ds import __version__
+
+        print(f"orpo-ds {__version__}")
+        return
+    command = COMMANDS.get(words[0])
+    if command is None:
+        _fail(
+            f"there is no command {words[0]!r}.{_nearest(words[0], COMMANDS)} Commands: {', '.join(COMMANDS)}."
+        )
+    try:
+        command(words[1:])
+    except ValueError as error:
+        if os.environ.get("ORPO_DS_DEBUG"):
+            raise
+        _fail(str(error))
+
+
+def train(words: Sequence[str]) -> None:
+    """Train a model on preference pairs."""
+    script, args = parse_train_arguments(words)
+    from orpo_ds.data.load import load_rows
+    from orpo_ds.trainer import ORPOTrainer
+
+    rows = load_rows(script.dataset_name, split=script.dataset_train_split, config_name=script.dataset_config)
+    eval_rows = None
+    if args.do_eval:
+        eval_rows = load_rows(
+            script.dataset_name, split=script.dataset_test_split, config_name=script.dataset_config
+        )
+    trainer = ORPOTrainer(
+        script.model_name_or_path,
+        args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        peft_config=_adapters(script),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train}
+
+
+def parse_train_arguments(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig]:
+    """Settings of a run from `--config FILE` and flags.
+
+    Raises:
+        ValueError: an unknown key or flag (names the nearest), a missing one, or a file that cannot be read.
+    """
+    from transformers import HfArgumentParser
+
+    from orpo_ds.config import ORPOConfig, ScriptArguments
+
+    kinds: Any = [ScriptArguments, ORPOConfig]
+    parser = HfArgumentParser(kinds, prog="orpo-ds train")
+    parser.add_argument("--config", help="YAML file with any of these fields.")
+    words = list(words)
+    config_path = _take_config(words)
+    if config_path is not None:
+        _set_defaults(parser, read_yaml(config_path), source=config_path)
+    missing = [
+        f"--{action.dest}"
+        for action in parser._actions
+        if action.required and not any(_flag(word) in action.option_strings for word in words)
+    ]
+    if missing and not {"-h", "--help"} & set(words):
+        raise ValueError(f"{', '.join(missing)} must be given, as a flag or in the file of --config.")
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
+    if unknown:
+        fields = [action.dest for action in parser._actions]
+        raise ValueError(
+            f"unknown argument {unknown[0]!r}.{_nearest(unknown[0].lstrip('-'), fields, prefix='--')}"
+        )
+    script, args = parsed
+    _merge_model_keywords(script, args)
+    return script, args
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The fields of a run's YAML file.
+
+    Raises:
+        ValueError: no such file, not YAML, or not a mapping of fields.
+    """
+    import yaml
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"--config {path}: no such file (from {Path.cwd()}).")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected `field: value` lines, found {type(content).__name__}.")
+    return content
+
+
+def _take_config(words: list[str]) -> str | None:
+    """Remove `--config FILE` from the words and return FILE."""
+    for place, word in enumerate(words):
+        if word.startswith("--config="):
+            del words[place]
+            return word.partition("=")[2]
+        if word == "--config":
+            if place + 1 == len(words):
+                raise ValueError("--config needs the path of a YAML file.")
+            path = words[place + 1]
+            del words[place : place + 2]
+            return path
+    return None
+
+
+def _set_defaults(parser: HfArgumentParser, fields: dict[str, Any], *, source: str) -> None:
+    """Make the file's values the defaults of the flags; argparse converts strings (`1e-5`) by the field's type."""
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in fields.items():
+        action = actions.get(name)
+        if action is None:
+            raise ValueError(f"{source}: unknown field {name!r}.{_nearest(name, actions)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and action.type is not None:
+            value = str(value)
+        action.default = value
+        action.required = False
+
+
+def _merge_model_keywords(script: ScriptArguments, args: ORPOConfig) -> None:
+    """The model's flags become keywords of `from_pretrained`."""
+    keywords = args.model_keywords
+    keywords.setdefault("revision", script.model_revision)
+    keywords.setdefault("dtype", script.dtype)
+    if script.attn_implementation is not None:
+        keywords.setdefault("attn_implementation", script.attn_implementation)
+    args.model_init_kwargs = keywords
+
+
+def _adapters(script: ScriptArguments) -> Any | None:
+    if not script.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules,
+    )
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {function.__doc__}" for name, function in COMMANDS.items()]
+    return "\n".join(["usage: orpo-ds COMMAND …   (orpo-ds COMMAND --help lists its fields)", "", *lines])
+
+
+def _nearest(word: str, known: Any, *, prefix: str = "") -> str:
+    near = difflib.get_close_matches(word.partition("=")[0], list(known), n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _flag(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _fail(message: str) -> NoReturn:
+    rank = int(os.environ.get("RANK", "0"))
+    origin = f"orpo-ds (rank {rank})" if rank else "orpo-ds"
+    print(f"{origin}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(USAGE_ERROR)

@@ -1,0 +1,295 @@
+"""The two halves of a run's settings.
+
+`ORPOConfig` is `transformers.TrainingArguments` with ORPO's own fields and TRL's defaults; `ScriptArguments` says
+which model and which data the `train` command loads. Both are flat dataclasses: Python keywords, keys of the YAML
+file and `--flags` are the same names. What DeepSpeed's JSON decides stays in that JSON, with `"auto"` where a field
+of `ORPOConfig` decides; a value that stands in both and disagrees is an error that names both.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import TrainingArguments
+
+from orpo_ds import distributed
+from orpo_ds.data.truncate import TruncationMode
+from orpo_ds.shipped import shipped_folder
+
+PRESETS = shipped_folder("ds_configs")
+DEFAULT_PRESET = "zero2.json"
+
+LayoutName = Literal["auto", "packed", "padded"]
+UnusableRows = Literal["error", "drop"]
+
+
+@dataclass
+class ORPOConfig(TrainingArguments):
+    """Settings of ORPO training: `transformers.TrainingArguments` and the fields below.
+
+    Raises:
+        ValueError: for a value out of its range, or one that the DeepSpeed JSON contradicts.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 (as its base)
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Optimizer steps between two logs; below 1, a share of all steps."}
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]  # None: not yet settled
+        default=None,
+        metadata={
+            "help": "Train in bfloat16. Unset, the hardware decides: bfloat16 where it is native, else float32."
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass: less memory, about 30%% more compute."
+        },
+    )
+
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the odds-ratio term (lambda in the paper, arXiv:2403.07691, eq. 6)."},
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Tokens of prompt and response together. Unset: no limit."}
+    )
+    max_prompt_length: int | None = field(
+        default=512,
+        metadata={"help": "Tokens that a prompt may be cut down to when its pair exceeds `max_length`."},
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a response of an encoder-decoder model. Unset: 128."}
+    )
+    truncation_mode: TruncationMode = field(
+        default="keep_end",
+        metadata={"help": "Which end of a prompt that is too long survives."},
+    )
+    unusable_rows: UnusableRows = field(
+        default="error",
+        metadata={
+            "help": "What happens to rows that cannot be trained on: stop, or drop and count them.",
+        },
+    )
+    nll_on_prompt: bool = field(
+        default=True,
+        metadata={"help": "Count the prompt's tokens in the nll, as TRL and the paper's code do."},
+    )
+    layout: LayoutName = field(
+        default="auto",
+        metadata={
+            "help": "packed: one row of shared trunks and branches; padded: two rows a pair; auto: packed where "
+            "the check before step 0 proves it on this model.",
+        },
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens that a rank pushes through the model at once. Unset: what "
+            "`per_device_train_batch_size` pairs of `max_length` can need."
+        },
+    )
+    logits_cache_mib: int = field(
+        default=256,
+        metadata={
+            "help": "MiB of logits kept from forward to backward; the other tiles of the head are recomputed."
+        },
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without the model's own dropout."})
+    label_pad_token_id: int = field(
+        default=-100, metadata={"help": "Label of tokens that no loss counts (encoder-decoder labels)."}
+    )
+    padding_value: int | None = field(
+        default=None, metadata={"help": "Token id of the padding. Unset: the tokenizer's."}
+    )
+    is_encoder_decoder: bool | None = field(
+        default=None, metadata={"help": "Needed only with `model_init`. Unset: the model's config says."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keywords for `from_pretrained` when the model is given by name."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that a model repository ships. Off unless asked for."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    dataset_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where tokenised data is kept. Unset: datasets' own cache."}
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A Jinja file, or a tokenizer folder, whose chat template is used."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Move an earlier run in `output_dir` aside instead of refusing to start."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values, settle the precision, join the process group, fill DeepSpeed's `auto` values."""
+        self._check_values()
+        self._settle_device()
+        settings = read_deepspeed_config(self.deepspeed)
+        self.deepspeed = settings
+        self._settle_precision(settings)
+        # transformers 5.23 renamed the field and warns about the old name that every TRL script uses.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        distributed.start_process_group(timeout_s=self.ddp_timeout)
+        super().__post_init__()
+
+    def _check_values(self) -> None:
+        for name, kind in (
+            ("layout", LayoutName),
+            ("unusable_rows", UnusableRows),
+            ("truncation_mode", TruncationMode),
+        ):
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "max_completion_length",
+            "max_tokens_per_micro_batch",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.logits_cache_mib < 0:
+            raise ValueError(f"logits_cache_mib={self.logits_cache_mib} must not be negative.")
+        if self.beta < 0:
+            raise ValueError(f"beta={self.beta} must not be negative: it weighs the odds-ratio term.")
+
+    def _settle_device(self) -> None:
+        """Use the CPU where there is no GPU, so that nobody has to say so."""
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+
+    def _settle_precision(self, settings: dict[str, Any]) -> None:
+        """bf16 unset: what the DeepSpeed JSON says, else bf16 where the hardware multiplies it natively.
+
+        A CPU without AMX or AVX512-BF16 kernels runs bf16 products a hundred times slower than fp32 ones.
+        """
+        if self.bf16 is not None:
+            return
+        wanted = settings.get("bf16", {}).get("enabled", "auto")
+        if wanted == "auto":
+            wanted = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.bf16 = bool(wanted)
+
+    def _validate_args(self) -> None:
+        """Run the checks of transformers, less the one that wants `use_cpu` for bf16 on a machine without a GPU.
+
+        `use_cpu` would make accelerate start a process group of its own beside DeepSpeed's.
+        """
+        bf16, bf16_full_eval = self.bf16, self.bf16_full_eval
+        if not torch.cuda.is_available():
+            self.bf16 = self.bf16_full_eval = False
+        super()._validate_args()
+        self.bf16, self.bf16_full_eval = bf16, bf16_full_eval
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16=True and bf16=True exclude each other: set one of them.")
+
+    @property
+    def model_keywords(self) -> dict[str, Any]:
+        """`model_init_kwargs` as a dict; transformers has parsed a JSON string by now."""
+        assert not isinstance(self.model_init_kwargs, str)
+        return dict(self.model_init_kwargs or {})
+
+    @property
+    def run_dir(self) -> Path:
+        """`output_dir` as a path; transformers has filled it by now."""
+        assert self.output_dir is not None
+        return Path(self.output_dir)
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """Token budget of one micro-batch; None where neither it nor `max_length` is limited."""
+        if self.max_tokens_per_micro_batch is not None:
+            return self.max_tokens_per_micro_batch
+        if self.max_length is None:
+            return None
+        return 2 * self.max_length * self.per_device_train_batch_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pairs of one optimizer step over all ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * distributed.world_size()
+
+
+@dataclass
+class ScriptArguments:
+    """Which model and which data `orpo-ds train` loads: the names of TRL's scripts."""
+
+    model_name_or_path: str = field(metadata={"help": "Model folder or hub id."})
+    dataset_name: str = field(
+        metadata={"help": "Hub id, .jsonl/.json/.csv/.parquet/.arrow file, folder, or glob of files."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if any."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the loaded weights; auto: that of the training (float32 unless bf16/fp16)."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the padded layout and of generation."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the model."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get an adapter. Unset: PEFT's choice."}
+    )
+
+
+def read_deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The DeepSpeed settings as a new dict.
+
+    Args:
+        source: a dict, the path of a JSON file, the name of a shipped preset (`zero3_offload` or
+            `ds_configs/zero3_offload.json`), or None for ZeRO-2, which every model and machine supports.
+
+    Raises:
+        ValueError: no such file or preset, or not a JSON object.
+    """
+    if isinstance(source, dict):
+        return json.loads(json.dumps(source))
+    path = _find_preset(DEFAULT_PRESET if source is None else source)
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno} is not valid JSON ({error.msg}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: expected a JSON object of DeepSpeed settings, found {type(config).__name__}."
+        )
+    return config
+
+
+def _find_preset(source: str) -> Path:
+    given = Path(source).expanduser()
+    candidates = [given, PRESETS / given.name, PRESETS / f"{given.name}.json"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.json")))
+    raise ValueError(
+        f"deepspeed={source!r}: no such file, and no such preset. Give the path of a DeepSpeed JSON, "
+        f"or one of the presets: {shipped}."
+    )

@@ -1,0 +1,118 @@
+"""What one rank pushes through the model in optimizer step k.
+
+The feed joins the three questions of this package: which pairs (`GlobalBatches`), on which rank and in which
+micro-step (`plan_micro_batches`), and as which tensors (`pack`, `pad`). The two totals that the loss divides by are
+those of the *global* batch. Every rank counts them from the lengths of all pairs, so no rank has to ask another.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+
+from orpo_ds.data.batches import CostModel, PairCost, plan_micro_batches
+from orpo_ds.data.packing import MicroBatch
+from orpo_ds.data.prefetch import MicroBatchLoader
+from orpo_ds.data.tokenize import TokenDataset, TokenPair
+
+# Lays pairs out as tensors; the second argument is the dataset index of every pair.
+Layout = Callable[[Sequence[TokenPair], Sequence[int]], MicroBatch]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One rank's part of a global batch.
+
+    Attributes:
+        pairs: pairs of the global batch.
+        nll_tokens: tokens of the global batch that the nll counts.
+        micro_batches: dataset indices of this rank's micro-batches; every rank has the same number, some may be empty.
+    """
+
+    pairs: int
+    nll_tokens: int
+    micro_batches: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One rank's view of a dataset.
+
+    Attributes:
+        dataset: the token pairs.
+        layout: `pack` or `pad`, with everything but the pairs filled in.
+        padded: whether `layout` pads, so that a pair takes two rows of the batch's longest sequence.
+        cost_model: what a pair costs, to balance ranks by.
+        nll_on_prompt: whether the nll counts the prompt.
+        rank: this process.
+        world_size: processes that share a global batch.
+        max_tokens: budget of a micro-batch; None: a rank's share of the batch is one micro-batch.
+    """
+
+    dataset: TokenDataset
+    layout: Layout
+    padded: bool
+    cost_model: CostModel
+    nll_on_prompt: bool
+    rank: int
+    world_size: int
+    max_tokens: int | None
+
+    def plan(self, pairs: Sequence[int]) -> StepPlan:
+        """Deal the pairs of a global batch (dataset indices); returns this rank's part."""
+        costs = self._costs(pairs)
+        budget = self.max_tokens
+        if budget is None:
+            budget = sum(cost.tokens for cost in costs)
+        deal = plan_micro_batches(costs, world_size=self.world_size, max_tokens=budget)
+        return StepPlan(
+            pairs=len(pairs),
+            nll_tokens=int(self.dataset.lengths.nll_tokens(pairs, nll_on_prompt=self.nll_on_prompt).sum()),
+            micro_batches=[[pairs[position] for position in positions] for positions in deal[self.rank]],
+        )
+
+    def build(self, pairs: Sequence[int]) -> MicroBatch:
+        """The tensors of one micro-batch, on the CPU."""
+        return self.layout([self.dataset[index] for index in pairs], pairs)
+
+    def steps(
+        self, batches: Iterable[Sequence[int]], *, device: torch.device
+    ) -> Iterator[tuple[StepPlan, Iterator[MicroBatch]]]:
+        """Plan and build one global batch after the other, ahead of the training, in the background.
+
+        Args:
+            batches: the pairs of each global batch.
+            device: where the micro-batches are wanted.
+
+        Yields:
+            The plan of a step and its micro-batches, all of which must be taken before the next step.
+        """
+        plans: deque[StepPlan] = deque()
+
+        def groups() -> Iterator[list[int]]:
+            for pairs in batches:
+                plan = self.plan(pairs)
+                plans.append(plan)
+                yield from plan.micro_batches
+
+        stream = iter(MicroBatchLoader(groups(), build=self.build, device=device))
+        for first in stream:
+            plan = plans.popleft()
+            yield plan, chain((first,), islice(stream, len(plan.micro_batches) - 1))
+
+    def _costs(self, pairs: Sequence[int]) -> list[PairCost]:
+        lengths = self.dataset.lengths
+        triples = [
+            (int(lengths.trunk[index]), int(lengths.chosen[index]), int(lengths.rejected[index]))
+            for index in pairs
+        ]
+        costs = [self.cost_model.pair(trunk=trunk, chosen=c, rejected=r) for trunk, c, r in triples]
+        if not self.padded:
+            return costs
+        # Rows are as long as the longest of their micro-batch, so each pair is given room for the longest of all.
+        widest = max(trunk + max(c, r) for trunk, c, r in triples)
+        return [PairCost(tokens=2 * widest, flops=cost.flops) for cost in costs]

@@ -1,0 +1,97 @@
+"""What a rank needs to know about the others.
+
+DeepSpeed owns the process group. This module only makes sure that one exists (a plain `python script.py` is a job
+of one rank) and spells the few collectives of the trainer once, so that no other file asks for ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def ensure_rendezvous() -> None:
+    """Give a process that no launcher started the environment of a job of one rank.
+
+    The `deepspeed` launcher, torchrun and our SLURM scripts set RANK and friends. Without them the rendezvous is
+    on a free port of the loopback interface, so that two single runs on one machine do not meet.
+    """
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def start_process_group(*, timeout_s: int) -> None:
+    """Join the process group through DeepSpeed (nccl on GPUs, gloo on CPUs). A second call does nothing.
+
+    Args:
+        timeout_s: seconds a collective may take before the ranks give up (`ddp_timeout`).
+    """
+    import deepspeed
+
+    ensure_rendezvous()
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+
+def rank() -> int:
+    """This process's number in the job; 0 outside of one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes in the job; 1 outside of one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the one process that writes what exists once."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the ranks, in place; returned for convenience."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise maximum over the ranks, in place; returned for convenience."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank. For small things: it pickles."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T] = [value] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -1,0 +1,159 @@
+"""From settings to a DeepSpeed engine.
+
+The DeepSpeed JSON stays the authority on how memory is sharded and offloaded; this module fills what it left to
+ORPOConfig, refuses what this machine cannot do before a minute is lost, and builds the optimizer and the schedule
+that transformers would build.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Trainer, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.training_args import OptimizerNames
+
+from orpo_ds.config import ORPOConfig
+from orpo_ds.policy import OrpoPolicy
+
+# Biases and norms are not decayed: transformers' own rule (Trainer.get_decay_parameter_names).
+NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+class Engine(NamedTuple):
+    """What a training step needs."""
+
+    deepspeed: deepspeed.DeepSpeedEngine
+    optimizer: torch.optim.Optimizer  # the one that holds the learning rates; ZeRO wraps it
+    scheduler: Any
+
+
+def build_engine(
+    policy: OrpoPolicy,
+    *,
+    args: ORPOConfig,
+    total_steps: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+) -> Engine:
+    """Wrap the policy under the ZeRO stage and offload of the run.
+
+    Args:
+        policy: model and loss.
+        args: the run's settings; `args.hf_deepspeed_config` holds the DeepSpeed JSON.
+        total_steps: optimizer steps of the whole training, for the schedule.
+        optimizer: the user's own; None: the JSON's, else the one that `args.optim` names.
+        scheduler: the user's own; None: the JSON's, else the one that `args.lr_scheduler_type` names.
+
+    Raises:
+        ValueError: the JSON contradicts ORPOConfig (both are named), or asks for what this machine lacks.
+    """
+    config = deepspeed_settings(args, policy.model, total_steps=total_steps)
+    stage = config["zero_optimization"]["stage"]
+    check_offload(config["zero_optimization"])
+    if stage == 3:
+        for parameter in policy.head.external_parameters():
+            deepspeed.zero.register_external_parameter(policy.head, parameter)
+    if optimizer is None and "optimizer" not in config:
+        optimizer = make_optimizer(policy, args, offloaded=_offloads_optimizer(config))
+    elif optimizer is not None and "optimizer" in config:
+        raise ValueError(
+            f"optimizers={type(optimizer).__name__} was passed, and the DeepSpeed JSON has its own `optimizer` "
+            f"({config['optimizer'].get('type')}). Remove one of them."
+        )
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    wrapped, _, _, json_scheduler = deepspeed.initialize(
+        model=policy, optimizer=optimizer, model_parameters=trainable, config=config
+    )
+    inner = wrapped.basic_optimizer
+    if scheduler is None:
+        scheduler = json_scheduler if "scheduler" in config else make_scheduler(inner, args, total_steps)
+    # The trainer steps the schedule itself, so that schedules that look at a metric work as well.
+    wrapped.lr_scheduler = None
+    return Engine(wrapped, inner, scheduler)
+
+
+def deepspeed_settings(args: ORPOConfig, model: nn.Module, *, total_steps: int) -> dict[str, Any]:
+    """The JSON with every `auto` filled and every setting that ORPOConfig owns in its place."""
+    holder = args.hf_deepspeed_config
+    holder.trainer_config_finalize(args, model, total_steps)
+    config = holder.config
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
+    config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
+    config.setdefault("gradient_clipping", args.max_grad_norm)
+    config.setdefault("bf16", {}).setdefault("enabled", bool(args.bf16))
+    config.setdefault("fp16", {}).setdefault("enabled", args.fp16)
+    # transformers offers optimizers that DeepSpeed has not tested with ZeRO; all of them step elementwise partitions.
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
+
+
+def check_offload(zero: dict[str, Any]) -> None:
+    """Refuse NVMe offload where libaio or the folder is missing, before a model is loaded."""
+    for part in ("offload_optimizer", "offload_param"):
+        target = zero.get(part) or {}
+        if target.get("device") != "nvme":
+            continue
+        path = target.get("nvme_path")
+        if not path or path == "auto":
+            raise ValueError(
+                f"zero_optimization.{part}.device is nvme: set {part}.nvme_path to a folder on the drive."
+            )
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ValueError(
+                f"zero_optimization.{part}.device is nvme, but DeepSpeed's asynchronous IO does not build here: "
+                "install libaio's headers (Debian: apt-get install libaio-dev), or offload to `cpu`."
+            )
+
+
+def make_optimizer(policy: OrpoPolicy, args: ORPOConfig, *, offloaded: bool) -> torch.optim.Optimizer:
+    """The optimizer that `args.optim` names; AdamW becomes DeepSpeed's CPU AdamW where its state is offloaded."""
+    decayed = set(get_parameter_names(policy, [nn.LayerNorm], NOT_DECAYED))
+    named = [(name, value) for name, value in policy.named_parameters() if value.requires_grad]
+    groups = [
+        {"params": [value for name, value in named if name in decayed], "weight_decay": args.weight_decay},
+        {"params": [value for name, value in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if offloaded and OptimizerNames(args.optim).value.startswith("adamw_torch"):
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(
+            groups,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            adamw_mode=True,
+        )
+    kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args, policy.model)
+    return kind(groups, **keywords)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, args: ORPOConfig, total_steps: int) -> LRScheduler:
+    """The schedule that `args.lr_scheduler_type` names."""
+    keywords = args.lr_scheduler_kwargs
+    assert not isinstance(keywords, str), "transformers parses a JSON string"
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=args.get_warmup_steps(total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=keywords,
+    )
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """Norm of the global gradient before clipping, or None where the stage does not compute one."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def _offloads_optimizer(config: dict[str, Any]) -> bool:
+    target = config["zero_optimization"].get("offload_optimizer") or {}
+    return target.get("device", "none") not in ("none", None)

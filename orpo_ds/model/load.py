@@ -1,0 +1,133 @@
+"""From a name to a model and its tokenizer, with nothing that a hub page could run.
+
+`from_pretrained` sees the run's DeepSpeed config (transformers keeps a reference to it), so under ZeRO-3 each rank
+loads only its shard. A model object that the user made is taken as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | str,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **from_pretrained: Any,
+) -> PreTrainedModel:
+    """Load a causal or encoder-decoder language model by folder or hub id.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights; the dtype of the training, so that ZeRO's fp32 partitions start from what was read.
+        revision: branch, tag or commit of a hub model.
+        attn_implementation: attention of the padded layout and of generation.
+        trust_remote_code: run the code that the repository ships.
+        **from_pretrained: further keywords for `from_pretrained` (`model_init_kwargs`).
+
+    Raises:
+        ValueError: a path that does not exist, or a folder that is no model.
+    """
+    _check_path(name)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **shared)
+    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return family.from_pretrained(
+        name, dtype=dtype, attn_implementation=attn_implementation, **shared, **from_pretrained
+    )
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model by folder or hub id."""
+    _check_path(name)
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Take the chat template from a Jinja file, or from a tokenizer's folder or hub id."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        tokenizer.chat_template = path.read_text()
+        return
+    _check_path(source)
+    template = AutoTokenizer.from_pretrained(source).chat_template
+    if template is None:
+        raise ValueError(f"chat_template_path={source!r}: that tokenizer has no chat template.")
+    tokenizer.chat_template = template
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, *, padding_value: int | None) -> int:
+    """The id that fills padded rows. It is masked everywhere, so the end-of-text token serves where none is set."""
+    for candidate in (padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return candidate
+    raise ValueError(
+        f"tokenizer {tokenizer.name_or_path!r} has neither a pad nor an eos token. Set `padding_value` to a token id."
+    )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that can produce ids for which the model has no embedding.
+
+    Raises:
+        ValueError: with both sizes and the call that mends it.
+    """
+    rows = embedding_rows(model)
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but the embedding of "
+            f"{model.config.name_or_path or type(model).__name__!r} has {rows} rows. Use the model's own tokenizer, "
+            f"or call model.resize_token_embeddings({len(tokenizer)}) before training."
+        )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Number of token ids that the model knows, also where ZeRO-3 has sharded the weight."""
+    weight: Any = model.get_input_embeddings().weight
+    shape = weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape
+    return int(shape[0])
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to zero, as TRL does: ORPO compares two passes of one policy.
+
+    Dropout modules are zeroed, and so are the probabilities that attention layers read from plain attributes.
+    LoRA's own dropout (inside `lora_dropout`) is the user's regulariser and stays.
+    """
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute in ("attention_dropout", "attn_dropout", "dropout", "activation_dropout"):
+            if isinstance(module.__dict__.get(attribute), float):
+                setattr(module, attribute, 0.0)
+
+
+def _check_path(name: str) -> None:
+    """A name that looks like a path must be one: from_pretrained would ask a hub for it and blame the network."""
+    path = Path(name).expanduser()
+    if path.exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        return
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+    raise ValueError(f"model {name!r}: no such folder.{hint}")

@@ -1,0 +1,112 @@
+"""What the DeepSpeed engine wraps: backbone, head and ORPO loss in one forward.
+
+The whole loss runs inside `engine.forward`, because ZeRO-3 gathers a parameter only while the module that owns it
+(or has registered it) runs. The head is therefore a module too: it reads the output embedding's weight, which may be
+tied to the input embedding, without ever calling the output embedding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orpo_ds.data.packing import MicroBatch, TargetRows
+from orpo_ds.loss.odds_ratio import orpo_loss
+from orpo_ds.loss.token_logps import token_logps
+from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states, router_aux_loss
+
+
+class TiledHead(nn.Module):
+    """Token log-probs of the rows that the loss needs, without the `[T, V]` logits."""
+
+    def __init__(self, parts: ModelParts, *, logits_cache_mib: int, tile_rows: int | None = None) -> None:
+        """Remember where the head is; the parameters stay the model's.
+
+        Args:
+            parts: anatomy of the model.
+            logits_cache_mib: byte budget (MiB) of tiles kept for the backward pass.
+            tile_rows: rows of a tile; None: chosen by the loss module.
+        """
+        super().__init__()
+        self.parts = parts
+        self.logits_cache_mib = logits_cache_mib
+        self.tile_rows = tile_rows
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """The parameters that this module reads and does not own, for ZeRO-3 to gather while it runs."""
+        return [
+            value for value in (self.parts.head.weight, self.parts.bias) if isinstance(value, nn.Parameter)
+        ]
+
+    def forward(self, hidden: Tensor, rows: TargetRows) -> Tensor:
+        """Log-probs `[R]` fp32 of `rows` from the hidden states `[N, H]`."""
+        return token_logps(
+            hidden,
+            self.parts.head.weight,
+            index=rows.index,
+            label=rows.label,
+            bias=self.parts.bias,
+            softcap=self.parts.softcap,
+            scale=self.parts.scale,
+            tile_rows=self.tile_rows,
+            logits_cache_mib=self.logits_cache_mib,
+        )
+
+
+class OrpoPolicy(nn.Module):
+    """A language model whose forward is the ORPO loss of a micro-batch."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, beta: float, logits_cache_mib: int, tile_rows: int | None = None
+    ) -> None:
+        """Wrap a causal or encoder-decoder language model.
+
+        Args:
+            model: the model, possibly a PEFT model.
+            beta: weight of the odds-ratio term.
+            logits_cache_mib: see `TiledHead`.
+            tile_rows: see `TiledHead`.
+        """
+        super().__init__()
+        self.model = model
+        self.beta = beta
+        self.parts = find_parts(model)
+        self.head = TiledHead(self.parts, logits_cache_mib=logits_cache_mib, tile_rows=tile_rows)
+
+    def forward(self, batch: MicroBatch, *, nll_tokens_total: int, pairs_total: int) -> dict[str, Tensor]:
+        """The micro-batch's share of the global loss, and the sums of its metrics.
+
+        Args:
+            batch: packed or padded.
+            nll_tokens_total: nll tokens of the whole global batch.
+            pairs_total: pairs of the whole global batch.
+
+        Returns:
+            `loss`: scalar fp32 with a gradient; the sum over all micro-batches and ranks is the global loss.
+            Every other entry is a detached scalar sum over this micro-batch (see `orpo_loss`).
+        """
+        rows = batch.rows
+        hidden, router_logits = hidden_states(self.parts, batch)
+        logps = self.head(hidden, rows)
+        terms = orpo_loss(
+            logps,
+            nll=rows.nll,
+            chosen_pair=rows.chosen_pair,
+            rejected_pair=rows.rejected_pair,
+            chosen_len=rows.chosen_len,
+            rejected_len=rows.rejected_len,
+            beta=self.beta,
+            nll_tokens_total=nll_tokens_total,
+            pairs_total=pairs_total,
+        )
+        loss, sums = terms.loss, dict(terms.sums)
+        if router_logits is not None:
+            # The experts' balance is a product of means over a micro-batch's tokens, not a sum over pairs. Each
+            # micro-batch counts by its pairs, so it is exact for a global batch that is one micro-batch.
+            pairs = len(batch.pair_ids)
+            aux = loss.new_zeros(())
+            if pairs:
+                aux = router_aux_loss(self.parts, router_logits, token_weight=batch.token_weight)
+            loss = loss + self.parts.aux_coefficient * aux * pairs / pairs_total
+            sums["aux_loss"] = aux.detach() * pairs
+        return {"loss": loss, **sums}

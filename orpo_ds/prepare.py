@@ -1,0 +1,152 @@
+"""From what the user passed to what the loop needs: a model with its tokenizer, and tokenised datasets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import enable_full_determinism
+
+from orpo_ds.config import ORPOConfig
+from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
+from orpo_ds.model.load import (
+    check_vocabulary,
+    disable_dropout,
+    embedding_rows,
+    load_model,
+    load_tokenizer,
+    use_chat_template,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_COMPLETION_LENGTH = 128  # TRL's default for encoder-decoder models
+
+
+def prepare_model(
+    model: PreTrainedModel | str | None,
+    *,
+    args: ORPOConfig,
+    model_init: Callable[[], PreTrainedModel] | None,
+    peft_config: Any | None,
+) -> PreTrainedModel:
+    """Load, make or take the model, and set it up for training.
+
+    Args:
+        model: object, folder or hub id; None with `model_init`.
+        args: the run's settings.
+        model_init: makes the model.
+        peft_config: a `peft.PeftConfig` or its dict; None trains all parameters.
+
+    Raises:
+        ValueError: neither or both of `model` and `model_init`, or `model_init_kwargs` for a ready-made model.
+    """
+    if (model is None) == (model_init is None):
+        raise ValueError("pass either `model` (an object, a folder or a hub id) or `model_init`.")
+    if args.full_determinism:
+        enable_full_determinism(args.seed)
+    else:
+        set_seed(args.seed)
+    keywords = args.model_keywords
+    if isinstance(model, str):
+        dtype = keywords.pop("dtype", "auto")
+        made = load_model(
+            model,
+            dtype=training_dtype(args) if dtype in ("auto", None) else dtype,
+            trust_remote_code=args.trust_remote_code,
+            **keywords,
+        )
+    elif keywords:
+        raise ValueError(
+            f"model_init_kwargs={keywords} has no effect on a model that is made already: pass the model by name."
+        )
+    else:
+        made = model if model is not None else model_init()  # type: ignore[misc]
+    made.config.use_cache = False
+    if peft_config is not None:
+        made = add_adapters(made, peft_config, args=args)
+    if args.disable_dropout:
+        disable_dropout(made)
+    if args.gradient_checkpointing:
+        made.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        made.enable_input_require_grads()
+    return made
+
+
+def training_dtype(args: ORPOConfig) -> torch.dtype:
+    """Return the dtype of the weights that forward and backward use."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
+
+
+def add_adapters(model: PreTrainedModel, peft_config: Any, *, args: ORPOConfig) -> PreTrainedModel:
+    """Wrap the model with PEFT adapters in the dtype of the training.
+
+    PEFT would keep adapters in fp32 beside a bf16 model; ZeRO gathers parameters of one dtype (DeepSpeed #8072).
+    """
+    from peft import PeftModel, get_peft_config, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "the model is a PeftModel already, and `peft_config` was passed: leave one of them out."
+        )
+    config = get_peft_config(dict(peft_config)) if isinstance(peft_config, dict) else peft_config
+    wrapped: Any = get_peft_model(model, config, autocast_adapter_dtype=not (args.bf16 or args.fp16))
+    return wrapped
+
+
+def prepare_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None, *, model: PreTrainedModel, args: ORPOConfig
+) -> PreTrainedTokenizerBase:
+    """The user's tokenizer, or the model's own, with the chat template of the run.
+
+    Raises:
+        ValueError: it knows ids that the model has no embedding for, or there is none.
+    """
+    if processing_class is None:
+        name = model.config.name_or_path
+        if not name:
+            raise ValueError(
+                "pass `processing_class`: the model was not loaded by name, so its tokenizer is unknown."
+            )
+        revision = args.model_keywords.get("revision")
+        processing_class = load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    if args.chat_template_path is not None:
+        use_chat_template(processing_class, args.chat_template_path)
+    check_vocabulary(model, processing_class)
+    return processing_class
+
+
+def prepare_dataset(
+    rows: Dataset, *, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: ORPOConfig
+) -> TokenDataset:
+    """Tokenise a dataset, or open what an earlier start or another rank has tokenised."""
+    prompt_limit = args.max_prompt_length
+    if prompt_limit is not None and args.max_length is not None and prompt_limit >= args.max_length:
+        logger.warning(
+            "max_prompt_length=%d leaves a response no room in max_length=%d: half of max_length is used",
+            prompt_limit,
+            args.max_length,
+        )
+        prompt_limit = None
+    options = TokenizeOptions(
+        max_length=args.max_length,
+        max_prompt_length=prompt_limit,
+        truncation_mode=args.truncation_mode,
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        max_completion_length=args.max_completion_length or DEFAULT_COMPLETION_LENGTH,
+        vocab_size=embedding_rows(model),
+    )
+    return tokenize_dataset(
+        rows,
+        processing_class=tokenizer,
+        options=options,
+        unusable=args.unusable_rows,
+        cache_dir=args.dataset_cache_dir,
+        num_proc=args.dataset_num_proc,
+    )

@@ -1,0 +1,95 @@
+"""One optimizer step, from the plan of a global batch to updated weights.
+
+Read it top to bottom: every micro-batch adds its share of the *global* loss (the totals are known before the first
+one starts), the last one lets DeepSpeed reduce, the losses of all ranks are summed once and must be finite, and only
+then do the weights change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orpo_ds import distributed
+from orpo_ds.data.feed import StepPlan
+from orpo_ds.data.packing import MicroBatch
+from orpo_ds.engine import Engine
+
+# Takes the metric sums of a micro-batch, `loss` among them.
+Recorder = Callable[[dict[str, Tensor], MicroBatch], None]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is not a number any more; the weights are still those of the step before.
+
+    Attributes:
+        pairs: dataset indices of the pairs in the micro-batches whose loss is not finite.
+    """
+
+    def __init__(self, loss: float, pairs: list[int]) -> None:
+        """Say which pairs gave which loss."""
+        super().__init__(f"the loss is {loss}")
+        self.pairs = pairs
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did.
+
+    Attributes:
+        loss: of the global batch, before the update.
+        applied: False when DeepSpeed skipped the update because fp16 gradients overflowed.
+    """
+
+    loss: float
+    applied: bool
+
+
+def train_step(
+    engine: Engine, plan: StepPlan, micro_batches: Iterable[MicroBatch], *, record: Recorder
+) -> StepOutcome:
+    """Forward, backward and update for one global batch.
+
+    Args:
+        engine: model, loss and optimizer.
+        plan: this rank's part of the global batch.
+        micro_batches: the tensors of `plan.micro_batches`, on the engine's device.
+        record: takes the sums of every micro-batch.
+
+    Raises:
+        NonFiniteLossError: on all ranks, before the weights change.
+    """
+    ds = engine.deepspeed
+    last = len(plan.micro_batches) - 1
+    losses: list[tuple[Tensor, MicroBatch]] = []
+    for number, batch in enumerate(micro_batches):
+        ds.set_gradient_accumulation_boundary(number == last)
+        sums = ds(batch, nll_tokens_total=plan.nll_tokens, pairs_total=plan.pairs)
+        # DeepSpeed averages gradients over the ranks; the ranks' losses are shares of a sum.
+        ds.backward(sums["loss"] * distributed.world_size(), scale_wrt_gas=False)
+        sums["loss"] = sums["loss"].detach()
+        losses.append((sums["loss"], batch))
+        record(sums, batch)
+    loss = global_loss(losses)
+    ds.step()
+    return StepOutcome(loss=loss, applied=bool(ds.was_step_applied()))
+
+
+def global_loss(losses: list[tuple[Tensor, MicroBatch]]) -> float:
+    """Sum this step's loss shares over micro-batches and ranks. Collective.
+
+    Args:
+        losses: this rank's shares and where they come from.
+
+    Raises:
+        NonFiniteLossError: on all ranks, when the sum is NaN or infinite; names the pairs of all ranks.
+    """
+    total = distributed.sum_over_ranks(torch.stack([loss for loss, _ in losses]).sum()).item()
+    if math.isfinite(total):
+        return total
+    mine = [pair for loss, batch in losses if not math.isfinite(loss.item()) for pair in batch.pair_ids]
+    raise NonFiniteLossError(total, [pair for pairs in distributed.gather_objects(mine) for pair in pairs])

@@ -1,0 +1,454 @@
+"""`ORPOTrainer`: TRL's constructor and methods around a loop that one can read.
+
+The loop is DeepSpeed's (`engine(batch)`, `engine.backward`, `engine.step`; see `step.py`); the callbacks, the state and
+the flow control are transformers'. What belongs to one question stands in one file: models and datasets are made
+ready in `prepare.py`, batches come from `data/feed.py`, checkpoints go through `checkpoint/`, the trained model leaves
+through `export.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    DefaultFlowCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from orpo_ds import distributed
+from orpo_ds.checkpoint import (
+    CheckpointMetadata,
+    CheckpointStore,
+    check_resume,
+    claim_output_dir,
+    job_ranks,
+    load_rank_state,
+    resolve_resume,
+    save_rank_state,
+)
+from orpo_ds.checkpoint.engine_state import check_engine, load_engine, save_engine
+from orpo_ds.config import ORPOConfig
+from orpo_ds.data.batches import CostModel, GlobalBatches
+from orpo_ds.data.feed import Feed, Layout
+from orpo_ds.data.packing import pack
+from orpo_ds.data.padding import pad, pad_encoder_decoder
+from orpo_ds.data.tokenize import TokenDataset
+from orpo_ds.engine import Engine, build_engine, gradient_norm
+from orpo_ds.evaluation import evaluate
+from orpo_ds.export import save_pretrained
+from orpo_ds.model.attention import packed_attention_enabled
+from orpo_ds.model.load import padding_id
+from orpo_ds.model.selfcheck import check_packing
+from orpo_ds.model.size import measure
+from orpo_ds.monitor.jsonl import MetricsFile
+from orpo_ds.policy import OrpoPolicy
+from orpo_ds.prepare import prepare_dataset, prepare_model, prepare_tokenizer, training_dtype
+from orpo_ds.redact import redact
+from orpo_ds.step import NonFiniteLossError, train_step
+from orpo_ds.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE = "trainer_state.json"
+
+
+class ORPOTrainer:
+    """Train a language model on preference pairs with ORPO (arXiv:2403.07691).
+
+    Args:
+        model: a model, or the folder or hub id of one. Loaded by name under ZeRO-3, each rank holds only its shard.
+        args: settings; default ones write into `trainer_output`.
+        train_dataset: rows with `prompt`, `chosen`, `rejected` (see `orpo_ds.data.preference`).
+        eval_dataset: the same, or several by name.
+        processing_class: the tokenizer; by default the model's own.
+        model_init: makes the model, in place of `model`.
+        callbacks: transformers callbacks, beside those of `args.report_to` and the progress bar.
+        optimizers: an optimizer and a schedule of one's own, either may be None.
+        peft_config: adapters to train instead of the model.
+
+    Raises:
+        ValueError: arguments that contradict each other, or rows that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | None = None,
+        args: ORPOConfig | None = None,
+        *,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[[], PreTrainedModel] | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, Any | None] = (None, None),
+        peft_config: Any | None = None,
+    ) -> None:
+        """See the class."""
+        self.args = args if args is not None else ORPOConfig()
+        self.model = prepare_model(model, args=self.args, model_init=model_init, peft_config=peft_config)
+        self.processing_class = prepare_tokenizer(processing_class, model=self.model, args=self.args)
+        self.train_dataset = None if train_dataset is None else self._prepared(train_dataset)
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        self.eval_datasets = {name: self._prepared(rows) for name, rows in named.items() if rows is not None}
+        self.policy = OrpoPolicy(self.model, beta=self.args.beta, logits_cache_mib=self.args.logits_cache_mib)
+        self._optimizers = optimizers
+        self.engine: Engine | None = None
+        self._packed = False
+        self.ranks = job_ranks()
+        self.metrics_file = MetricsFile(self.args.run_dir)
+        self.store = CheckpointStore(
+            self.args.run_dir, save_total_limit=self.args.save_total_limit, ranks=self.ranks
+        )
+        self.state = TrainerState(
+            is_local_process_zero=self.args.local_process_index == 0,
+            is_world_process_zero=distributed.is_main(),
+        )
+        self.control = TrainerControl()
+        bar = PrinterCallback if self.args.disable_tqdm else ProgressCallback
+        self.callback_handler = CallbackHandler(
+            [
+                DefaultFlowCallback,
+                *get_reporting_integration_callbacks(self.args.report_to),
+                *callbacks,
+                bar,
+            ],
+            self.model,
+            self.processing_class,
+            None,
+            None,
+        )
+        self._event("on_init_end")
+
+    def _prepared(self, rows: Dataset) -> TokenDataset:
+        return prepare_dataset(rows, tokenizer=self.processing_class, model=self.model, args=self.args)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """Train to the end, or continue a run.
+
+        Args:
+            resume_from_checkpoint: True continues from the newest good checkpoint in `output_dir`; a path from that
+                one. By default `args.resume_from_checkpoint`.
+
+        Returns:
+            Steps done, mean loss over the steps of this call, and its figures.
+
+        Raises:
+            ValueError: nothing to train on, another run in `output_dir`, or a resume that is not possible.
+            NonFiniteLossError: the loss became NaN or infinite; the weights are still those of the step before.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is missing: pass it to ORPOTrainer.")
+        args = self.args
+        resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        source = resolve_resume(resume, args.run_dir, ranks=self.ranks) if resume else None
+        claim_output_dir(
+            args.run_dir,
+            resume_from=source,
+            overwrite_output_dir=args.overwrite_output_dir,
+            ranks=self.ranks,
+        )
+        self.store.clean_up()
+        batches = GlobalBatches(
+            num_pairs=len(self.train_dataset),
+            global_batch_size=args.global_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            fingerprint=self.train_dataset.fingerprint,
+            drop_last=args.dataloader_drop_last,
+        )
+        self._start_state(batches)
+        self._make_engine(self.state.max_steps)
+        if source is not None:
+            self._restore(source)
+        with self._attention():
+            return self._loop(batches)
+
+    def _loop(self, batches: GlobalBatches) -> TrainOutput:
+        state, engine = self.state, self.engine
+        assert engine is not None
+        assert self.train_dataset is not None
+        feed = self._feed(self.train_dataset, max_tokens=self.args.micro_batch_tokens)
+        watch = Watch(
+            feed, measure(self.policy.parts), device=self.args.device, dtype=training_dtype(self.args)
+        )
+        todo = (batches.pairs(step) for step in range(state.global_step, state.max_steps))
+        self._event("on_train_begin")
+        if self.args.eval_on_start and state.global_step == 0:
+            self.evaluate()
+        watch.start(state.global_step)
+        for plan, micro_batches in feed.steps(todo, device=self.args.device):
+            if state.global_step % batches.steps_per_epoch == 0:
+                self._event("on_epoch_begin")
+            self._event("on_step_begin")
+            engine.deepspeed.train()
+            try:
+                outcome = train_step(engine, plan, micro_batches, record=watch.record)
+            except NonFiniteLossError as error:
+                error.add_note(self._advice(error))
+                raise
+            if outcome.applied:
+                engine.scheduler.step()
+            watch.end_step(outcome, pairs=plan.pairs)
+            state.global_step += 1
+            state.epoch = state.global_step / batches.steps_per_epoch
+            self._event("on_step_end")
+            if state.global_step % batches.steps_per_epoch == 0 or state.global_step == state.max_steps:
+                self._event("on_epoch_end")
+            self._log_evaluate_save(watch)
+            if self.control.should_training_stop:
+                break
+        summary = watch.summary()
+        self._event("on_log", logs=summary)
+        self._event("on_train_end")
+        return TrainOutput(state.global_step, summary["train_loss"], summary)
+
+    def _log_evaluate_save(self, watch: Watch) -> None:
+        """What the callbacks' flow control asked for at this step; the last step is always logged."""
+        engine = self.engine
+        assert engine is not None
+        if self.control.should_log or self.state.global_step == self.state.max_steps:
+            self.log(
+                {
+                    **watch.figures(self.state.global_step),
+                    "grad_norm": gradient_norm(engine.deepspeed),
+                    "learning_rate": engine.optimizer.param_groups[0]["lr"],
+                    "skipped_steps": engine.deepspeed.skipped_steps,
+                }
+            )
+        with watch.paused():
+            if self.control.should_evaluate:
+                self.evaluate()
+            if self.control.should_save:
+                self.save_checkpoint()
+
+    def log(self, figures: dict[str, Any]) -> None:
+        """Put figures into `metrics.jsonl`, the state's history and all dashboards."""
+        entry = {"step": self.state.global_step, "epoch": self.state.epoch, **figures}
+        self.state.log_history.append(entry)
+        if distributed.is_main():
+            self.metrics_file.append(entry)
+        self._event("on_log", logs={"epoch": self.state.epoch, **figures})
+
+    def _advice(self, error: NonFiniteLossError) -> str:
+        """Where to look and where to go on from, when the loss is not a number."""
+        assert self.train_dataset is not None
+        rows = sorted(int(self.train_dataset.row_numbers[pair]) for pair in error.pairs)
+        good = self.store.latest_good()
+        continue_from = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+        return (
+            f"at step {self.state.global_step + 1}, in the micro-batches with the training rows {rows} (from 0). "
+            f"The weights were not updated; {continue_from}. Look at these rows, lower learning_rate or max_grad_norm, "
+            "or train in bf16 instead of fp16."
+        )
+
+    def _start_state(self, batches: GlobalBatches) -> None:
+        """How many steps there are, and how often to log, evaluate and save."""
+        args, state = self.args, self.state
+        if args.max_steps > 0:
+            state.max_steps = args.max_steps
+            state.num_train_epochs = math.ceil(args.max_steps / batches.steps_per_epoch)
+        else:
+            state.max_steps = math.ceil(args.num_train_epochs * batches.steps_per_epoch)
+            state.num_train_epochs = math.ceil(args.num_train_epochs)
+        state.global_step, state.epoch = 0, 0.0
+        state.train_batch_size = args.per_device_train_batch_size
+        state.compute_steps(args, state.max_steps)
+
+    def _make_engine(self, total_steps: int) -> None:
+        """Wrap the model under DeepSpeed and find out, once, whether packed rows are exact on it."""
+        optimizer, scheduler = self._optimizers
+        self.engine = build_engine(
+            self.policy, args=self.args, total_steps=total_steps, optimizer=optimizer, scheduler=scheduler
+        )
+        check_engine(self.engine.deepspeed)
+        self._packed = self._choose_packed()
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler = self.engine.optimizer, self.engine.scheduler
+
+    def _choose_packed(self) -> bool:
+        """Whether this run packs; proved on a short pair of the user's own data, on the user's own model."""
+        wish = self.args.layout
+        if wish == "padded" or self.policy.parts.is_encoder_decoder:
+            return False
+        dataset = self.train_dataset or next(iter(self.eval_datasets.values()))
+        verdict = check_packing(self.policy.parts, self.policy.head, dataset[0])
+        if verdict.ok:
+            return True
+        if wish == "packed":
+            raise ValueError(f"layout='packed': {verdict.reason} Use layout='auto' to train padded instead.")
+        if distributed.is_main():
+            logger.warning("Training in the padded layout: %s", verdict.reason)
+        return False
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """The attention of the run's layout; what the model had before is restored afterwards."""
+        return packed_attention_enabled(self.policy.parts.model) if self._packed else nullcontext()
+
+    def _feed(self, dataset: TokenDataset, *, max_tokens: int | None) -> Feed:
+        """This rank's view of a dataset in the run's layout."""
+        nll_on_prompt = self.args.nll_on_prompt and not self.policy.parts.is_encoder_decoder
+        size = measure(self.policy.parts)
+        return Feed(
+            dataset=dataset,
+            layout=self._layout(nll_on_prompt),
+            padded=not self._packed,
+            cost_model=CostModel.of_model(
+                body_parameters=size.body_parameters,
+                head_parameters=size.head_parameters,
+                layers=size.layers,
+                attention_width=size.attention_width,
+                nll_on_prompt=nll_on_prompt,
+            ),
+            nll_on_prompt=nll_on_prompt,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            max_tokens=max_tokens,
+        )
+
+    def _eval_tokens(self) -> int | None:
+        """Token budget of a micro-batch of an evaluation: no gradients, so as much as the batch size says."""
+        if self.args.max_tokens_per_micro_batch is not None or self.args.max_length is None:
+            return self.args.max_tokens_per_micro_batch
+        return 2 * self.args.max_length * self.args.per_device_eval_batch_size
+
+    def _layout(self, nll_on_prompt: bool) -> Layout:
+        if self._packed:
+            return lambda pairs, ids: pack(pairs, pair_ids=ids, nll_on_prompt=nll_on_prompt)
+        pad_id = padding_id(self.processing_class, padding_value=self.args.padding_value)
+        if self.policy.parts.is_encoder_decoder:
+            start = self.model.config.decoder_start_token_id
+            return lambda pairs, ids: pad_encoder_decoder(
+                pairs, pair_ids=ids, pad_token_id=pad_id, decoder_start_token_id=start
+            )
+        return lambda pairs, ids: pad(pairs, pair_ids=ids, pad_token_id=pad_id, nll_on_prompt=nll_on_prompt)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _metadata(self) -> CheckpointMetadata:
+        """What a checkpoint says about the run, and what a resume compares."""
+        assert self.engine is not None
+        assert self.train_dataset is not None
+        return CheckpointMetadata(
+            step=self.state.global_step,
+            epoch=float(self.state.epoch),
+            seed=self.args.seed,
+            world_size=distributed.world_size(),
+            zero_stage=self.engine.deepspeed.zero_optimization_stage(),
+            global_batch_size=self.args.global_batch_size,
+            dataset_fingerprint=self.train_dataset.fingerprint,
+            config=redact(self.args.to_dict()),
+        )
+
+    def save_checkpoint(self) -> Path:
+        """Write a verified `checkpoint-<step>` from which the run continues bit for bit. All ranks call it."""
+        engine = self.engine
+        assert engine is not None, "there is nothing to save before train()"
+
+        def write(folder: Path) -> None:
+            save_engine(engine.deepspeed, folder, scheduler=engine.scheduler)
+            save_rank_state(folder, self.ranks)
+            if distributed.is_main():
+                self.state.save_to_json(str(folder / TRAINER_STATE))
+
+        path = self.store.save(write, self._metadata())
+        best = self.state.best_model_checkpoint
+        self.store.prune(keep=[] if best is None else [Path(best)])
+        self._event("on_save")
+        return path
+
+    def _restore(self, source: Path) -> None:
+        """Continue from a verified checkpoint: engine, schedule, random generators and state."""
+        assert self.engine is not None
+        check_resume(source, self._metadata())
+        load_engine(self.engine.deepspeed, source, scheduler=self.engine.scheduler)
+        load_rank_state(source, self.ranks)
+        saved = TrainerState.load_from_json(str(source / TRAINER_STATE))
+        saved.is_local_process_zero = self.state.is_local_process_zero
+        saved.is_world_process_zero = self.state.is_world_process_zero
+        saved.max_steps, saved.num_train_epochs = self.state.max_steps, self.state.num_train_epochs
+        self.state = saved
+        if distributed.is_main():
+            self.metrics_file.rewind(saved.global_step)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate(
+        self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics over a whole dataset, the same for any number of ranks and any batch size.
+
+        Args:
+            eval_dataset: other rows than those given to the trainer; several by name get `<prefix>_<name>_` metrics.
+            metric_key_prefix: of the names of the metrics.
+
+        Returns:
+            The metrics that are logged.
+
+        Raises:
+            ValueError: there is no evaluation set.
+        """
+        datasets = self.eval_datasets
+        if eval_dataset is not None:
+            named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+            datasets = {name: self._prepared(rows) for name, rows in named.items()}
+        if not datasets:
+            raise ValueError(
+                "there is nothing to evaluate: pass eval_dataset to ORPOTrainer or to evaluate()."
+            )
+        if self.engine is None:
+            self._make_engine(total_steps=1)
+        assert self.engine is not None
+        figures: dict[str, float] = {}
+        for name, dataset in datasets.items():
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            feed = self._feed(dataset, max_tokens=self._eval_tokens())
+            with self._attention():
+                found = evaluate(
+                    self.engine,
+                    feed,
+                    batch_size=self.args.per_device_eval_batch_size * distributed.world_size(),
+                    beta=self.args.beta,
+                    aux_coefficient=self.policy.parts.aux_coefficient,
+                    device=self.args.device,
+                    progress=not self.args.disable_tqdm,
+                )
+            figures |= {prefix + key: value for key, value in found.items()}
+        self.log(figures)
+        self._event("on_evaluate", metrics=figures)
+        return figures
+
+    # ------------------------------------------------------------------ results
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the model as a Hugging Face folder, by default into `output_dir`. All ranks call it."""
+        save_pretrained(self.model, output_dir or self.args.run_dir, tokenizer=self.processing_class)
+
+    # ------------------------------------------------------------------ callbacks
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a transformers callback."""
+        self.callback_handler.add_callback(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Remove a transformers callback, by object or by class."""
+        self.callback_handler.remove_callback(callback)
+
+    def _event(self, name: str, **details: Any) -> None:
+        """Tell the callbacks; they answer through `self.control`."""
+        handle = getattr(self.callback_handler, name)
+        self.control = handle(self.args, self.state, self.control, **details)

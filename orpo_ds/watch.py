@@ -1,0 +1,82 @@
+"""What the trainer sees of its own steps: the metrics of the pairs, and how well the time was used."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from orpo_ds import distributed
+from orpo_ds.data.feed import Feed
+from orpo_ds.data.packing import MicroBatch
+from orpo_ds.model.size import ModelSize
+from orpo_ds.monitor.flops import UsefulFlops
+from orpo_ds.monitor.metrics import MetricSums, StepClock, mean_metrics, step_statistics
+from orpo_ds.monitor.peak import matmul_flops_per_second, peak_memory_mib
+from orpo_ds.step import StepOutcome
+
+
+class Watch:
+    """Collects what `metrics.jsonl` says about training steps. One collective a log, none a step."""
+
+    def __init__(self, feed: Feed, size: ModelSize, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Measure what the device's matrix products reach, for `useful_flops_fraction`. All ranks at once.
+
+        Args:
+            feed: of the training set.
+            size: of the model.
+            device: of the model.
+            dtype: of the model's products.
+        """
+        self._device = device
+        self._sums = MetricSums()
+        self._clock = StepClock(
+            peak_flops=matmul_flops_per_second(device, dtype),
+            useful_flops=UsefulFlops(size, feed.dataset.lengths, feed.nll_on_prompt),
+        )
+        self._first_step = self._logged_step = 0
+        self._loss, self._steps, self._pairs, self._began = 0.0, 0, 0, 0.0
+
+    def start(self, step: int) -> None:
+        """Begin to count; `step` optimizer steps were done before."""
+        self._first_step = self._logged_step = step
+        self._began = time.perf_counter()
+        self._clock.start()
+
+    def record(self, sums: dict[str, Tensor], batch: MicroBatch) -> None:
+        """Take the sums of one micro-batch of this rank."""
+        self._sums.add_micro_batch(sums, batch)
+        self._clock.add_pairs(batch.pair_ids)
+
+    def end_step(self, outcome: StepOutcome, *, pairs: int) -> None:
+        """Note what an optimizer step over `pairs` pairs did."""
+        self._loss += outcome.loss
+        self._pairs += pairs
+        self._steps += 1
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave an evaluation or a save out of the steps' time."""
+        return self._clock.paused()
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Metrics and statistics of the steps since the last log, the same on every rank. Collective."""
+        totals = self._sums.reduce(distributed.sum_over_ranks, own=self._clock.take())
+        steps, self._logged_step = step - self._logged_step, step
+        peak = torch.tensor(peak_memory_mib(self._device), device=self._device)
+        return {
+            **mean_metrics(totals, steps=steps),
+            **step_statistics(totals, steps=steps),
+            "peak_memory_mib": distributed.max_over_ranks(peak).item(),
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Give the figures that transformers closes a training with."""
+        seconds = time.perf_counter() - self._began
+        return {
+            "train_runtime": seconds,
+            "train_samples_per_second": self._pairs / seconds,
+            "train_steps_per_second": self._steps / seconds,
+            "train_loss": self._loss / max(self._steps, 1),
+        }
