@@ -283,13 +283,17 @@ def _render(
         "tokenize": False,
         **_template_kwargs(row, row_number),
     }
+
+    def render(messages: list[Message], **mode: Any) -> str:
+        text = processing_class.apply_chat_template(messages, **options, **mode)
+        assert isinstance(text, str)
+        return text
+
     continues = prompt[-1]["role"] == "assistant"
     try:
-        before = processing_class.apply_chat_template(
-            prompt, add_generation_prompt=not continues, continue_final_message=continues, **options
-        )
-        with_chosen = processing_class.apply_chat_template(prompt + chosen, **options)
-        with_rejected = processing_class.apply_chat_template(prompt + rejected, **options)
+        before = render(prompt, add_generation_prompt=not continues, continue_final_message=continues)
+        with_chosen = render(prompt + chosen)
+        with_rejected = render(prompt + rejected)
     except (TemplateError, TypeError, ValueError) as error:
         # Templates refuse by raise_exception, and fail with TypeError on content they did not expect.
         raise RowError(

@@ -30,9 +30,6 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from orpo_ds.data import preference as preference_module
-from orpo_ds.data import token_dataset as token_dataset_module
-from orpo_ds.data import truncate as truncate_module
 from orpo_ds.data.preference import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
@@ -55,6 +52,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# The files of this package that decide the ids and how they are laid out on disk.
+SOURCES = ("preference.py", "token_dataset.py", "tokenize.py", "truncate.py")
 
 # Rows a worker holds as Python lists at one time: 10^5 to 10^6 ids, enough for the tokenizer's threads.
 MAP_BATCH_ROWS = 256
@@ -349,15 +349,11 @@ def _cache_key(
     and every transform since). The files of this package that make ids or their files are hashed themselves,
     so that nobody has to remember to raise a version.
     """
-    sources = [
-        Path(__file__),
-        *(Path(module.__file__) for module in (preference_module, truncate_module, token_dataset_module)),
-    ]
     parts = {
         "rows": rows._fingerprint,
         "tokenizer": _tokenizer_hash(processing_class),
         "options": asdict(options),
-        "code": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        "code": [Path(__file__).with_name(source).read_text() for source in SOURCES],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
