@@ -191,7 +191,6 @@ def pack(pairs: Sequence[TokenPair], *, pair_ids: Sequence[int], nll_on_prompt: 
     )
     branch = sizes.rejected - sizes.trunk
     pair_start = torch.cumsum(sizes.chosen + branch, 0) - (sizes.chosen + branch)
-    branch_start = pair_start + sizes.chosen
     in_trunk = concatenated_ranges(pair_start, sizes.trunk)
     return MicroBatch(
         input_ids=flat_ids.unsqueeze(0),
@@ -201,7 +200,11 @@ def pack(pairs: Sequence[TokenPair], *, pair_ids: Sequence[int], nll_on_prompt: 
         attention_mask=None,
         layout=_varlen_layout(sizes, pair_start),
         rows=target_rows(
-            flat_ids, sizes, chosen_start=pair_start, branch_start=branch_start, nll_on_prompt=nll_on_prompt
+            flat_ids,
+            sizes,
+            chosen_row=pair_start,
+            branch_row=pair_start + sizes.chosen,
+            nll_on_prompt=nll_on_prompt,
         ),
         token_weight=torch.ones(1, len(flat_ids)).index_fill_(1, in_trunk, 2.0),
         pair_ids=tuple(pair_ids),
@@ -211,12 +214,12 @@ def pack(pairs: Sequence[TokenPair], *, pair_ids: Sequence[int], nll_on_prompt: 
 
 
 def count_targets(pair: TokenPair, nll_on_prompt: bool) -> int:
-    """Number of nll tokens of the pair: the tokens of the chosen sequence that count and have a token before them."""
+    """Nll tokens of the pair: those tokens of the chosen sequence that count and have a token before them."""
     return len(pair.chosen) - (1 if nll_on_prompt else max(pair.chosen_start, 1))
 
 
 def target_rows(
-    flat_ids: Tensor, sizes: PairSizes, *, chosen_start: Tensor, branch_start: Tensor, nll_on_prompt: bool
+    flat_ids: Tensor, sizes: PairSizes, *, chosen_row: Tensor, branch_row: Tensor, nll_on_prompt: bool
 ) -> TargetRows:
     """Find source and label of every token log-prob that the loss of P pairs needs.
 
@@ -224,8 +227,8 @@ def target_rows(
         flat_ids: int64 [N], the token ids of all rows.
         sizes: lengths and borders; `sizes.trunk` is how many tokens the two sequences share *in this layout*,
             so it is zero when they are padded side by side.
-        chosen_start: int64 [P], row of the first token of the chosen sequence.
-        branch_start: int64 [P], row of the first token of the rejected sequence that it does not share.
+        chosen_row: int64 [P], row of the first token of the chosen sequence.
+        branch_row: int64 [P], row of the first token of the rejected sequence that it does not share.
         nll_on_prompt: see `pack`.
     """
     pair = torch.arange(len(sizes.chosen))
@@ -233,16 +236,16 @@ def target_rows(
 
     pair_c = pair.repeat_interleave(sizes.chosen - first)
     token_c = concatenated_ranges(first, sizes.chosen - first)
-    label_row_c = chosen_start[pair_c] + token_c
+    label_row_c = chosen_row[pair_c] + token_c
     in_chosen = token_c >= sizes.chosen_start[pair_c]
     in_rejected = (token_c >= sizes.rejected_start[pair_c]) & (token_c < sizes.trunk[pair_c])
 
     first = sizes.trunk.clamp(min=1)  # what lies in the trunk was counted above
     pair_r = pair.repeat_interleave(sizes.rejected - first)
     token_r = concatenated_ranges(first, sizes.rejected - first)
-    label_row_r = branch_start[pair_r] + token_r - sizes.trunk[pair_r]
+    label_row_r = branch_row[pair_r] + token_r - sizes.trunk[pair_r]
     follows_trunk = token_r == sizes.trunk[pair_r]
-    source_r = torch.where(follows_trunk, chosen_start[pair_r] + token_r, label_row_r) - 1
+    source_r = torch.where(follows_trunk, chosen_row[pair_r] + token_r, label_row_r) - 1
     in_rejected_branch = token_r >= sizes.rejected_start[pair_r]
 
     index = torch.cat((label_row_c - 1, source_r))

@@ -33,7 +33,7 @@ def pad(
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     input_ids, attention_mask = _rectangle(sequences, pad_token_id)
     sizes = PairSizes.of(pairs)
-    chosen_start, rejected_start = (torch.arange(len(sequences)) * input_ids.shape[1]).chunk(2)
+    chosen_row, rejected_row = (torch.arange(len(sequences)) * input_ids.shape[1]).chunk(2)
     tokens = int(attention_mask.sum())
     return MicroBatch(
         input_ids=input_ids,
@@ -43,8 +43,8 @@ def pad(
         rows=target_rows(
             input_ids.flatten(),
             replace(sizes, trunk=torch.zeros_like(sizes.trunk)),  # side by side, nothing is shared
-            chosen_start=chosen_start,
-            branch_start=rejected_start,
+            chosen_row=chosen_row,
+            branch_row=rejected_row,
             nll_on_prompt=nll_on_prompt,
         ),
         token_weight=attention_mask.float(),
