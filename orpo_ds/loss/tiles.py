@@ -102,10 +102,16 @@ class Workspace:
         )
         rows, columns = self.tiling.tile_shape
         self._buffer = hidden.new_empty(rows * columns, dtype=self.sum_dtype)
+        upcast = weight.dtype != self.operand_dtype
+        self._run = weight.new_empty(columns, weight.shape[1], dtype=self.operand_dtype) if upcast else None
 
     def operand(self, tensor: Tensor) -> Tensor:
         """`tensor` in the dtype that products read; itself where it already is."""
         return tensor.to(self.operand_dtype)
+
+    def run(self, weight: Tensor) -> Tensor:
+        """A run of weight rows [c, H] in the operand dtype, in the one buffer for it unless it already is."""
+        return weight if self._run is None else self._run[: weight.shape[0]].copy_(weight)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """The shared buffer as a contiguous [rows, columns] tile, contents undefined."""

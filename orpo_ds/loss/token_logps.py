@@ -30,7 +30,6 @@ scaling: two products.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +37,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_ds.loss.tiles import MIB, TileCache, WeightGradient, Workspace, product_into
+from orpo_ds.loss.head import Gradients, Head, HeadOptions, OnlineSoftmax
+from orpo_ds.loss.tiles import MIB, TileCache
 from orpo_ds.loss.vocab_parallel import VocabShard
 
 
@@ -91,52 +91,20 @@ def token_logps(
     )
     if vocab_group is None and label.device.type == "cpu":
         _check_labels(label, vocab_size=weight.shape[0])
-    head = _Head(
+    options = HeadOptions(
         softcap=softcap,
         scale=scale,
         tile_rows=tile_rows,
         tile_columns=tile_columns,
         cache_bytes=logits_cache_mib * MIB,
         shard=VocabShard(group=vocab_group, start=vocab_start),
-        differentiable=torch.is_grad_enabled(),
+        differentiable=torch.is_grad_enabled(),  # read here: inside an autograd.Function it is always off
     )
-    return _TokenLogps.apply(hidden, weight, bias, index, label, head)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """What one call is told, apart from its tensors."""
-
-    softcap: float | None
-    scale: float
-    tile_rows: int | None
-    tile_columns: int | None
-    cache_bytes: int
-    shard: VocabShard
-    differentiable: bool  # grad mode is always off inside an autograd.Function, so it is read outside
-
-    def workspace(self, hidden: Tensor, weight: Tensor, *, num_rows: int) -> Workspace:
-        """Forward and backward each make their own, and cut the same tiles."""
-        return Workspace(
-            hidden, weight, num_rows=num_rows, tile_rows=self.tile_rows, tile_columns=self.tile_columns
-        )
-
-    def logits_into(self, tile: Tensor, states: Tensor, run: Tensor, bias: Tensor | None) -> Tensor:
-        """Write the l of one tile [r, c] from states [r, H] and its run of the weight [c, H] and bias [c]."""
-        product_into(tile, states, run.t(), alpha=self.scale, add=False)
-        if bias is not None:
-            tile.add_(bias)
-        if self.softcap is not None:
-            tile.div_(self.softcap).tanh_().mul_(self.softcap)
-        return tile
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """dl/dz = 1 - (l/k)^2, of any shape; None where it is 1."""
-        return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1)
+    return _TokenLogps.apply(hidden, weight, bias, index, label, options)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """One block of rows at a time, and inside it one run of columns at a time."""
+    """One block of rows at a time; a block walks the vocabulary."""
 
     @staticmethod
     def forward(
@@ -146,151 +114,64 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         index: Tensor,
         label: Tensor,
-        head: _Head,
+        options: HeadOptions,
     ) -> Tensor:
-        want_hidden, *want_head = (head.differentiable and want for want in ctx.needs_input_grad[:3])
+        want_hidden, *want_head = (options.differentiable and want for want in ctx.needs_input_grad[:3])
         frozen = want_hidden and not any(want_head)
-        work = head.workspace(hidden, weight, num_rows=index.shape[0])
-        cache = TileCache(head.cache_bytes if any(want_head) else 0)
-        logps = hidden.new_empty(index.shape[0], dtype=work.sum_dtype)
+        head = Head(hidden, weight, bias, index, label, options)
+        cache = TileCache(options.cache_bytes if any(want_head) else 0)
+        logps = hidden.new_empty(index.shape[0], dtype=head.work.sum_dtype)
         peak, mass = torch.empty_like(logps), torch.empty_like(logps)
         direction = hidden.new_empty(index.shape[0], hidden.shape[1]) if frozen else None
-
-        for i, rows in enumerate(work.tiling.rows):
-            states = work.operand(hidden[index[rows]])
-            softmax = _OnlineSoftmax(label[rows], head, work, width=hidden.shape[1] if frozen else None)
-            for j, columns in enumerate(work.tiling.columns):
-                scratch = work.tile(rows, columns)
-                kept = cache.keep((i, j), like=scratch)
-                run = work.operand(weight[columns])
-                logits = head.logits_into(
-                    scratch if kept is None else kept, states, run, None if bias is None else bias[columns]
-                )
-                softmax.add(logits, columns, run=run, scratch=scratch)
-            peak[rows], mass[rows], target = head.shard.combine(softmax.peak, softmax.mass, softmax.target)
-            logps[rows] = (target - peak[rows]) - mass[rows].log()
+        for block, rows in enumerate(head.work.tiling.rows):
+            softmax = OnlineSoftmax(head, block, cache=cache, with_direction=frozen)
+            logps[rows], peak[rows], mass[rows] = softmax.logp(), softmax.peak, softmax.mass
             if direction is not None:
-                direction[rows] = softmax.direction(weight, peak[rows], mass[rows], target)
+                direction[rows] = softmax.direction()
+            del softmax  # or the next block would be summed beside this one's [r, H]
 
-        if want_hidden or any(want_head):
+        ctx.blocks, ctx.direction = head.work.tiling.rows, direction
+        if frozen:
+            ctx.save_for_backward(hidden, index)
+        elif any(want_head):
             # The weight and bias are kept as they were passed, not through save_for_backward: under ZeRO-3
             # that could pin the gathered weight, or copy it where saved-tensor hooks offload activations. The
             # Parameter object is what stays valid: DeepSpeed frees its data after this module and points it
             # at a newly gathered copy before this backward.
             ctx.weight, ctx.bias, ctx.weight_shape = weight, bias, weight.shape
-            ctx.head, ctx.cache, ctx.direction = head, cache, direction
+            ctx.options, ctx.cache = options, cache
             ctx.save_for_backward(hidden, index, label, peak, mass)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        no_more = (None, None, None)  # index, label, options
         if ctx.direction is not None:
-            return _scaled_direction(ctx, grad), None, None, None, None, None
+            return _scaled_direction(ctx, grad), None, None, *no_more
         hidden, index, label, peak, mass = ctx.saved_tensors
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        head, weight = ctx.head, ctx.weight.detach()
-        bias = None if ctx.bias is None else ctx.bias.detach()
+        weight, bias = ctx.weight.detach(), None if ctx.bias is None else ctx.bias.detach()
         if weight.shape != ctx.weight_shape:
             raise RuntimeError(
                 f"the head's weight is {list(weight.shape)} in backward and was {list(ctx.weight_shape)} in "
                 "forward: ZeRO-3 has not gathered it. Call token_logps inside the forward of the module that "
                 "owns the weight, or that lists it with deepspeed.zero.register_external_parameter."
             )
-        work = head.workspace(hidden, weight, num_rows=index.shape[0])
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = WeightGradient(weight, work) if want_weight else None
-        grad_bias = weight.new_zeros(weight.shape[0], dtype=work.sum_dtype) if want_bias else None
-
-        for i, rows in enumerate(work.tiling.rows):
-            states = work.operand(hidden[index[rows]])
-            incoming = grad[rows, None]
-            scaled_states = work.operand(states * incoming)
-            grad_states = torch.empty_like(states, dtype=work.sum_dtype)
-            for j, columns in enumerate(work.tiling.columns):
-                run = work.operand(weight[columns])
-                logits = ctx.cache.take((i, j))
-                if logits is None:
-                    logits = head.logits_into(
-                        work.tile(rows, columns), states, run, None if bias is None else bias[columns]
-                    )
-                minus_d = _minus_d_(
-                    logits, columns, head, label=label[rows], peak=peak[rows], mass=mass[rows]
-                )
-                if grad_bias is not None:
-                    grad_bias[columns].addmv_(minus_d.t(), grad[rows], alpha=-1)
-                minus_d = work.operand(minus_d)
-                if grad_weight is not None:
-                    grad_weight.add(columns, minus_d.t(), scaled_states, alpha=-head.scale, first=i == 0)
-                if grad_hidden is not None:
-                    product_into(grad_states, minus_d, run, alpha=-head.scale, add=j > 0)
-            if grad_hidden is not None:
-                whole = head.shard.sum_(grad_states.mul_(incoming))
-                grad_hidden.index_add_(0, index[rows], whole.to(hidden.dtype))
-
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.result(),
-            None if grad_bias is None else grad_bias.to(ctx.bias.dtype),
-            None,
-            None,
-            None,
-        )
+        head = Head(hidden, weight, bias, index, label, ctx.options)
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        gradients = Gradients(head, hidden=want_hidden, weight=want_weight, bias=want_bias)
+        for block, rows in enumerate(ctx.blocks):
+            gradients.add_block(block, grad[rows], peak[rows], mass[rows], cache=ctx.cache)
+        return *gradients.result(), *no_more
 
 
 def _scaled_direction(ctx: Any, grad: Tensor) -> Tensor:
-    """The hidden gradient [N, H] of a frozen head, block by block so that no second [R, H] is alive."""
-    hidden, index, *_ = ctx.saved_tensors
+    """The hidden gradient [N, H] of a frozen head, block by block: no second [R, H] is alive."""
+    hidden, index = ctx.saved_tensors
     grad_hidden = torch.zeros_like(hidden)
-    for rows in ctx.head.workspace(hidden, ctx.weight, num_rows=index.shape[0]).tiling.rows:
+    for rows in ctx.blocks:
         grad_hidden.index_add_(0, index[rows], (ctx.direction[rows] * grad[rows, None]).to(hidden.dtype))
     return grad_hidden
-
-
-class _OnlineSoftmax:
-    """The m, s and t of one block of rows; with `width` H also the direction of a frozen head."""
-
-    def __init__(self, label: Tensor, head: _Head, work: Workspace, *, width: int | None) -> None:
-        self._label, self._head, self._work = label, head, work
-        like = torch.empty_like(label, dtype=work.sum_dtype)
-        # Not -inf: exp(m_old - m) is 0 either way, but this is not NaN if a whole run of logits is -inf.
-        self.peak = torch.full_like(like, torch.finfo(work.sum_dtype).min)
-        self.mass = torch.zeros_like(like)
-        self.target = torch.full_like(like, -torch.inf)
-        self._pull = None if width is None else like.new_zeros(label.shape[0], width)
-
-    def add(self, logits: Tensor, columns: slice, *, run: Tensor, scratch: Tensor) -> None:
-        """Take in the tile [r, c] of `columns`. `scratch` [r, c] is overwritten; it may be `logits`."""
-        position, held = self._head.shard.locate(self._label, columns)
-        self.target = torch.where(held, logits.gather(1, position[:, None])[:, 0], self.target)
-        slope = None if self._pull is None else self._head.slope(logits)
-        peak = torch.maximum(self.peak, logits.amax(1))
-        decay = torch.exp(self.peak - peak)
-        exps = torch.sub(logits, peak[:, None], out=scratch).exp_()
-        self.peak, self.mass = peak, self.mass * decay + exps.sum(1)
-        if self._pull is not None:
-            exps = exps if slope is None else exps.mul_(slope)
-            product_into(self._pull.mul_(decay[:, None]), self._work.operand(exps), run, alpha=1, add=True)
-
-    def direction(self, weight: Tensor, peak: Tensor, mass: Tensor, target: Tensor) -> Tensor:
-        """The direction d logp / d h [r, H], from peak, mass and target logit [r] of the whole vocabulary."""
-        assert self._pull is not None
-        position, held = self._head.shard.locate(self._label, slice(0, weight.shape[0]))
-        slope = self._head.slope(target)
-        push = held.to(mass.dtype) if slope is None else slope * held
-        pull = self._pull.mul_((torch.exp(self.peak - peak) / mass)[:, None])
-        return self._head.shard.sum_((weight[position] * push[:, None] - pull).mul_(self._head.scale))
-
-
-def _minus_d_(
-    logits: Tensor, columns: slice, head: _Head, *, label: Tensor, peak: Tensor, mass: Tensor
-) -> Tensor:
-    """Turn l [r, c] into -D = (p - 1[v = y]) (1 - (l/k)^2), in place. The products' alpha turns the sign."""
-    slope = head.slope(logits)
-    probs = logits.sub_(peak[:, None]).exp_().mul_(mass.reciprocal()[:, None])
-    position, held = head.shard.locate(label, columns)
-    probs.scatter_add_(1, position[:, None], -held.to(probs.dtype)[:, None])
-    return probs if slope is None else probs.mul_(slope)
 
 
 def _check_tensors(
