@@ -223,7 +223,7 @@ def _message(value: Any, *, place: str, row_number: int) -> Message:
             detail=f"the content of {place} must be text, got {_excerpt(content)}",
         )
     # Templates test `message.content is none` for a message that only calls tools: this one null stays.
-    return {**_without_nulls(value), "content": content}
+    return {**_without_nulls(value), "content": _without_nulls(content)}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -306,24 +306,23 @@ def _render(
 
 
 def _tools(row: Mapping[str, Any], row_number: int) -> list[Any] | None:
-    """The `tools` column: a list of JSON schemas, or the same as a JSON string."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError(
-                reason="wrong_type",
-                row=row_number,
-                detail=f"tools is a string that is not JSON ({error}): {_excerpt(tools)}",
-            ) from error
+    """The `tools` column: a list of JSON schemas, or the same as a JSON string, which keeps its nulls."""
+    column = row.get("tools")
+    try:
+        tools = json.loads(column) if isinstance(column, str) else _without_nulls(column)
+    except json.JSONDecodeError as error:
+        raise RowError(
+            reason="wrong_type",
+            row=row_number,
+            detail=f"tools is a string that is not JSON ({error}): {_excerpt(column)}",
+        ) from error
     if tools is not None and not isinstance(tools, list):
         raise RowError(
             reason="wrong_type",
             row=row_number,
             detail=f"tools must be a list of schemas or its JSON, got {_excerpt(tools)}",
         )
-    return _without_nulls(tools)
+    return tools
 
 
 def _template_kwargs(row: Mapping[str, Any], row_number: int) -> dict[str, Any]:

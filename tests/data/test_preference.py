@@ -138,12 +138,32 @@ def test_nulls_that_arrow_filled_in_do_not_reach_the_template() -> None:
     ]
     together = Dataset.from_list(alone)
     assert together[2]["chosen"][0]["tool_calls"] is None
+    assert together[0]["tools"][0]["function"]["strict"] is None
     for number, row in enumerate(alone):
         expected = to_preference(row, processing_class=tokenizer("qwen2"), row_number=number)
         assert (
             to_preference(together[number], processing_class=tokenizer("qwen2"), row_number=number)
             == expected
         )
+
+
+def test_blocks_of_content_have_no_filled_in_nulls() -> None:
+    template = "{% for message in messages %}{{ message.content | tojson }}|{% endfor %}"
+    block = {"type": "text", "text": "Why?"}
+    row = {
+        "prompt": [{"role": "user", "content": [{**block, "image": None}]}],
+        "chosen": [GOOD],
+        "rejected": [BAD],
+    }
+    found = to_preference(row, processing_class=with_template("qwen2", template), row_number=0)
+    assert json.loads(found.prompt.split("|")[0]) == [block]
+
+
+def test_tools_in_json_keep_their_nulls() -> None:
+    tools = [{"name": "f", "default": None}]
+    row = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": json.dumps(tools)}
+    found = to_preference(row, processing_class=tokenizer("qwen2"), row_number=0)
+    assert json.dumps(tools[0]) in found.prompt
 
 
 CONVERSATION = ROWS["conversation, explicit"]
