@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from torch import Tensor
 
+from tests.parity.compare import gradient_errors, metric_errors
 from tests.parity.orpo_side import OrpoStep, one_step, token_pairs
 from tests.parity.reference import ReferenceStep, encoder_decoder_step, pad_pairs, reference_step
+from tests.parity.rows import ROWS
 from tests.parity.tokenizer import tiny_tokenizer
 from tests.parity.trl_side import METRICS, TrlStep, train_one_step
 from tests.tiny_models import DECODER_ONLY, FAMILIES, tiny_model
@@ -23,32 +24,6 @@ BETA = 0.1
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
-# An entry of a gradient is a sum of terms that may each be as large as the largest gradient of the model, and float32
-# rounds every one of them. No gradient can be asked to be more exact than that, however small it is.
-GRADIENT_FLOOR = torch.finfo(torch.float32).eps / GRADIENT_TOLERANCE
-
-# A difference is as exact as what it is the difference of.
-SCALE_OF = {"rewards/margins": "rewards/chosen", "log_odds_chosen": "logps/chosen"}
-
-
-def conversation(prompt: str, chosen: str, rejected: str, *, system: str | None = None) -> dict[str, Any]:
-    """A row in TRL's conversational format."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    return {
-        "prompt": [*messages, {"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-
-
-ROWS = [
-    conversation("Name a warm colour.", "Red is warm.", "Blue, I think, is the warmest of them all."),
-    # The responses begin alike: these tokens lie in the trunk and count for both.
-    conversation("2+2?", "It is 4.", "It is 5, or 22.", system="Be brief."),
-    # The rejected response begins with the whole chosen one.
-    conversation("Say yes", "yes", "yes yes yes"),
-    conversation("A longer question about the weather in the north of the country?", "Rain.", "No."),
-]
 STANDARD_ROWS = [
     {"prompt": "the sky is", "chosen": " blue and wide", "rejected": " green"},
     {"prompt": "two and two", "chosen": " make four", "rejected": " make five or so"},
@@ -88,26 +63,13 @@ def take_step(family: str, rows: list[dict[str, Any]], *, seed: int, layout: str
 
 
 def assert_same_metrics(ours: Mapping[str, float], theirs: Mapping[str, float]) -> None:
-    for name, value in theirs.items():
-        scale = abs(theirs[SCALE_OF.get(name, name)])
-        assert ours[name] == pytest.approx(value, rel=0, abs=LOSS_TOLERANCE * scale), name
-
-
-def gradient_errors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference in each parameter's gradient, over the largest entry of that gradient."""
-    assert ours.keys() == theirs.keys()
-    largest = {name: gradient.abs().max().item() for name, gradient in theirs.items()}
-    floor = GRADIENT_FLOOR * max(largest.values())
-    return {
-        name: (ours[name].double() - gradient.double()).abs().max().item() / max(largest[name], floor)
-        for name, gradient in theirs.items()
-    }
+    errors = metric_errors(ours, theirs)
+    assert {name: error for name, error in errors.items() if error > LOSS_TOLERANCE} == {}
 
 
 def assert_same_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    errors = gradient_errors(ours, theirs)
-    too_large = {name: error for name, error in errors.items() if error > GRADIENT_TOLERANCE}
-    assert not too_large
+    errors = gradient_errors(ours, theirs, tolerance=GRADIENT_TOLERANCE)
+    assert {name: error for name, error in errors.items() if error > GRADIENT_TOLERANCE} == {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -59,11 +59,10 @@ class _KeepGradients(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        parameters = kwargs["model"].named_parameters()
+        self.gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
 def train_one_step(

@@ -1,0 +1,161 @@
+"""Takes the same step under every setting, on as many ranks as it was started on, and writes what came out.
+
+`test_invariance.py` starts it once for each number of ranks, because starting ranks is what takes long:
+
+    deepspeed --num_accelerators 2 --module tests.distributed.worker rows.json cache_folder results.pt
+
+It runs what training runs (tokenised dataset, feed, policy, engine, `train_step`), and stops short of the update:
+there it reads the gradient of the global batch, which is gone after it.
+"""
+
+import json
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from orpo_ds import distributed
+from orpo_ds.config import ORPOConfig
+from orpo_ds.data.batches import CostModel
+from orpo_ds.data.feed import Feed
+from orpo_ds.data.packing import pack
+from orpo_ds.data.padding import pad
+from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
+from orpo_ds.engine import build_engine
+from orpo_ds.model.attention import packed_attention_enabled
+from orpo_ds.monitor.metrics import MetricSums, mean_metrics
+from orpo_ds.policy import OrpoPolicy
+from orpo_ds.step import train_step
+from tests.parity.tokenizer import tiny_tokenizer
+from tests.tiny_models import tiny_model
+
+MODEL_SEED = 5
+MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to take the step. `max_tokens` None: one micro-batch a rank."""
+
+    name: str
+    stage: int
+    family: str = "qwen2"  # tied embeddings: the hard case of ZeRO-3
+    padded: bool = False
+    max_tokens: int | None = None
+    tile_rows: int | None = None
+    logits_cache_mib: int = 0
+    gradient_checkpointing: bool = False
+
+
+# Tokens: room for the longest pair of `tests.parity.rows` or for two short ones, so there are several micro-steps.
+TIGHT = 130
+TIGHT_PADDED = 400  # the same where sequences are padded to the longest
+
+SETTINGS = [
+    *(Setting(f"zero{stage}", stage) for stage in range(4)),
+    *(Setting(f"zero{stage}, tight budget", stage, max_tokens=TIGHT) for stage in range(4)),
+    Setting("zero2, padded, tight budget", 2, padded=True, max_tokens=TIGHT_PADDED),
+    Setting("zero3, padded", 3, padded=True),
+    Setting("zero3, small tiles", 3, tile_rows=5),
+    Setting("zero3, small tiles, cached", 3, tile_rows=5, logits_cache_mib=64),
+    Setting("zero3, gradient checkpointing", 3, max_tokens=TIGHT, gradient_checkpointing=True),
+    Setting("zero3, untied head", 3, family="llama", max_tokens=TIGHT),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the global batch: `loss`, `metrics` by TRL's names, `gradients` by the model's parameter names."""
+
+    loss: float
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+    micro_steps: int
+
+
+class BeforeUpdate:
+    """A DeepSpeed engine whose `step` keeps the gradients of the global batch instead of using them up."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+        self.gradients: dict[str, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, *args: Any, **keywords: Any) -> dict[str, Tensor]:
+        return self._engine(*args, **keywords)
+
+    def step(self) -> None:
+        parameters = self._engine.module.model.named_parameters()
+        self.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters}
+
+
+def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> Outcome:
+    """Forward and backward of all pairs of the dataset as one global batch. All ranks call it."""
+    args = ORPOConfig(
+        output_dir=tempfile.gettempdir(),  # nothing is written
+        deepspeed={"zero_optimization": {"stage": setting.stage}},
+        report_to="none",
+    )
+    model = tiny_model(setting.family, vocab_size=len(tiny_tokenizer()), seed=MODEL_SEED)
+    if setting.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = OrpoPolicy(
+        model, beta=0.1, logits_cache_mib=setting.logits_cache_mib, tile_rows=setting.tile_rows
+    )
+    engine = build_engine(policy, args=args, total_steps=1)
+    before_update = BeforeUpdate(engine.deepspeed)
+    feed = Feed(
+        dataset=dataset,
+        layout=lambda pairs, ids: (
+            pad(pairs, pair_ids=ids, pad_token_id=pad_token_id)
+            if setting.padded
+            else pack(pairs, pair_ids=ids)
+        ),
+        padded=setting.padded,
+        cost_model=CostModel(per_token=1.0, per_score=0.01, per_target=1.0),
+        nll_on_prompt=True,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        max_tokens=setting.max_tokens,
+    )
+    sums = MetricSums()
+    plan, micro_batches = next(feed.steps([range(len(dataset))], device=args.device))
+    with nullcontext() if setting.padded else packed_attention_enabled(model):
+        step = train_step(
+            engine._replace(deepspeed=before_update), plan, micro_batches, record=sums.add_micro_batch
+        )
+    metrics = mean_metrics(sums.reduce(distributed.sum_over_ranks), steps=1)
+    engine.deepspeed.destroy()
+    return Outcome(step.loss, metrics, before_update.gradients, len(plan.micro_batches))
+
+
+def main(rows: str, cache: str, results: str) -> None:
+    """Take the step under every setting; rank 0 writes a dict of setting name -> Outcome as a dict."""
+    tokenizer = tiny_tokenizer()
+    dataset = tokenize_dataset(
+        datasets.Dataset.from_list(json.loads(Path(rows).read_text())),
+        processing_class=tokenizer,
+        options=TokenizeOptions(max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH - 1),
+        unusable="error",
+        cache_dir=cache,
+    )
+    outcomes = {
+        setting.name: asdict(take_step(setting, dataset, pad_token_id=tokenizer.pad_token_id))
+        for setting in SETTINGS
+    }
+    if distributed.is_main():
+        torch.save(outcomes, results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
