@@ -47,6 +47,7 @@ __all__ = [
     "TokenDataset",
     "TokenPair",
     "TokenizeOptions",
+    "cache_entry",
     "tokenize_dataset",
     "tokenize_pair",
 ]
@@ -116,11 +117,9 @@ def tokenize_dataset(
         raise ValueError("the dataset has no rows: nothing to train on. Check the file and the split")
     if not options.is_encoder_decoder:
         _eos_token_id(processing_class)
+    entry = cache_entry(rows, processing_class=processing_class, options=options, cache_dir=cache_dir)
     known = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in rows.column_names]
     rows = rows.select_columns(known).with_format(None)
-
-    root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds"
-    key = _cache_key(rows, processing_class=processing_class, options=options)
 
     def tokenize_into(folder: Path) -> datasets.Dataset:
         try:
@@ -133,16 +132,40 @@ def tokenize_dataset(
                 features=FEATURES,
                 cache_file_name=str(folder / "pairs.arrow"),
                 load_from_cache_file=False,
-                new_fingerprint=key,
+                new_fingerprint=entry.name,
                 num_proc=num_proc,
                 desc="Tokenising",
             )
         except UnicodeDecodeError as error:  # Arrow takes any bytes for text until they are read
             raise ValueError(f"the dataset has text that is not UTF-8: {error}. Convert its files") from error
 
-    tokenized = build_once(root / key, tokenize_into)
+    tokenized = build_once(entry, tokenize_into)
     _report_unusable(tokenized, unusable=unusable, num_rows=len(rows))
     return tokenized
+
+
+def cache_entry(
+    rows: datasets.Dataset,
+    *,
+    processing_class: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Folder of the token pairs of `rows`, whether it is there or not: a hash of all that the ids depend on.
+
+    The fingerprint of `datasets` stands for the rows (content in memory, or files with their time of change,
+    and every transform since). The files of this package that make ids or their files are hashed themselves,
+    so that nobody has to remember to raise a version.
+    """
+    root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds"
+    parts = {
+        "rows": rows._fingerprint,
+        "tokenizer": _tokenizer_hash(processing_class),
+        "options": asdict(options),
+        "code": [Path(__file__).with_name(source).read_text() for source in SOURCES],
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+    return root / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class _TokenizeBatch:
@@ -338,25 +361,6 @@ def _report_unusable(tokenized: TokenDataset, *, unusable: Literal["error", "dro
 def _first_numbers(numbers: Sequence[int]) -> str:
     shown = ", ".join(str(number) for number in numbers[:10])
     return shown + (", …" if len(numbers) > 10 else "")
-
-
-def _cache_key(
-    rows: datasets.Dataset, *, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions
-) -> str:
-    """Name of the cache entry: a hash of all that the ids depend on.
-
-    The fingerprint of `datasets` stands for the rows (content in memory, or files with their time of change,
-    and every transform since). The files of this package that make ids or their files are hashed themselves,
-    so that nobody has to remember to raise a version.
-    """
-    parts = {
-        "rows": rows._fingerprint,
-        "tokenizer": _tokenizer_hash(processing_class),
-        "options": asdict(options),
-        "code": [Path(__file__).with_name(source).read_text() for source in SOURCES],
-        "versions": [transformers.__version__, tokenizers.__version__],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _tokenizer_hash(processing_class: PreTrainedTokenizerBase) -> str:
