@@ -26,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 BATCH = 128  # pairs
 SECONDS = ("imports", "tokenizer", "rows", "token pairs", "first batch", "total")
+MEMORY = {"own MiB": "RssAnon", "peak MiB": "VmHWM"}  # lines of /proc/self/status
 # Means of dpo_en_demo.jsonl with Qwen2's tokenizer and a cap of 1,024 tokens (shared/data/README.md).
 PROMPT, CHOSEN, REJECTED = 347, 220, 235
 REPEATED = 1000  # pairs
@@ -43,8 +44,8 @@ def main() -> None:
     print(f"{'':14}{options.against:>12,} rows{options.rows:>12,} rows{'ratio':>10}")
     for name in SECONDS:
         print(f"{name + ', s':14}{few[name]:>17.2f}{many[name]:>17.2f}{many[name] / few[name]:>10.2f}")
-    name = "peak MiB"
-    print(f"{name:14}{few[name]:>17.0f}{many[name]:>17.0f}{many[name] / few[name]:>10.2f}")
+    for name in MEMORY:
+        print(f"{name:14}{few[name]:>17.0f}{many[name]:>17.0f}{many[name] / few[name]:>10.2f}")
 
 
 def _options() -> argparse.Namespace:
@@ -58,14 +59,13 @@ def _options() -> argparse.Namespace:
 
 
 def _measure(folder: Path, count: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each part, and the largest peak, over several starts with a full cache."""
+    """Medians of seconds and MiB over several starts with a full cache."""
     _fill_cache(folder, count)
     command = [sys.executable, __file__, "--start-with", str(folder)]
     starts = [
         json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(rounds)
     ]
-    result = {name: median(start[name] for start in starts) for name in SECONDS}
-    return {**result, "peak MiB": max(start["peak MiB"] for start in starts)}
+    return {name: median(start[name] for start in starts) for name in (*SECONDS, *MEMORY)}
 
 
 def _fill_cache(folder: Path, count: int) -> None:
@@ -143,18 +143,17 @@ def _start(folder: Path) -> dict[str, float]:
     # The ids are those that were put there: nothing was tokenised.
     assert all(len(pair.chosen) == PROMPT + CHOSEN for pair in first)
     parts = [end - begin for begin, end in itertools.pairwise(marks)]
-    return {**dict(zip(SECONDS, [*parts, marks[-1] - STARTED], strict=True)), "peak MiB": _peak_mib()}
+    return {**dict(zip(SECONDS, [*parts, marks[-1] - STARTED], strict=True)), **_memory()}
 
 
-def _peak_mib() -> float:
-    """Most memory that this process ever had, with the pages of mapped files that it touched.
+def _memory() -> dict[str, float]:
+    """MiB of this process: its own, and the most it ever had with the pages of mapped files that it touched.
 
-    Not `getrusage`: its maximum outlives exec, and so would be that of the process that filled the cache.
+    The kernel may take those pages back, and ranks of one node share them. Not `getrusage`: its maximum outlives
+    exec, and so would be that of the process that filled the cache.
     """
-    [line] = [
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
-    ]
-    return int(line.split()[1]) / 1024
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(status[key].split()[0]) / 1024 for name, key in MEMORY.items()}
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets.arrow_writer import ArrowWriter
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from orpo_ds.data.load import load_rows
 from orpo_ds.data.preference import to_preference
+from orpo_ds.data.token_dataset import FEATURES, build_once
 from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset, tokenize_pair
 from tests.real_tokenizers import MISTRAL_TEMPLATE, tokenizer, with_template
 
@@ -206,6 +208,43 @@ def test_an_interrupted_start_leaves_nothing_behind(tmp_path: Path, counting: Co
     assert _entries(tmp_path / "cache") == []
     counting.calls_before_failure = None
     assert len(_tokenize(rows, tmp_path / "cache", processing_class=counting)) == 800
+
+
+def test_opening_and_reading_does_not_bring_the_ids_into_memory(tmp_path: Path) -> None:
+    rows, tokens = 20_000, 1000
+    line = {
+        "chosen": list(range(tokens)),
+        "rejected_branch": [7],
+        "chosen_start": 3,
+        "rejected_start": 3,
+        "trunk": 4,
+        "reason": None,
+        "detail": None,
+    }
+
+    def write(folder: Path) -> Dataset:
+        path = str(folder / "pairs.arrow")
+        with ArrowWriter(path=path, features=FEATURES) as writer:
+            for _ in range(rows // 1000):
+                writer.write_table(Dataset.from_list([line] * 1000, features=FEATURES).data.table)
+            writer.finalize()
+        return Dataset.from_file(path)
+
+    build_once(tmp_path / "entry", write)
+    before = _own_memory()
+    found = TokenDataset(tmp_path / "entry")
+    assert len(found) == rows
+    assert found[rows - 1].rejected == [0, 1, 2, 3, 7]
+    assert _own_memory() - before < rows * tokens * 4 / 10  # bytes: a tenth of the ids
+    assert isinstance(found.lengths.trunk, np.memmap)
+
+
+def _own_memory() -> int:
+    """Bytes of this process that are not pages of a file."""
+    [line] = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")
+    ]
+    return int(line.split()[1]) * 1024
 
 
 def test_unusable_rows_are_refused_with_their_numbers(tmp_path: Path) -> None:
