@@ -26,6 +26,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from orpo_ds.checkpoint.rank_state import save_torch_file
 
 ENGINE_TAG = "engine"
+SCHEDULER_FILE = "scheduler.pt"
 
 
 class NotingWriter(CheckpointEngine):
@@ -87,8 +88,10 @@ def check_engine(engine: DeepSpeedEngine) -> None:
         )
 
 
-def save_engine(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Write parameters, optimizer and scheduler state into `folder/engine`. All ranks call it.
+def save_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any) -> None:
+    """Write parameters and optimizer state into `folder/engine`, the schedule beside it. All ranks call it.
+
+    The schedule is passed because the trainer steps it, not the engine.
 
     Raises:
         OSError: this rank could not write a file; every collective has been run, so no rank is left waiting.
@@ -109,10 +112,12 @@ def save_engine(engine: DeepSpeedEngine, folder: Path) -> None:
         del engine._copy_recovery_script  # uncovers the method of the class
     if writer.failures:
         raise writer.failures[0]
+    if engine.global_rank == 0:
+        save_torch_file(scheduler.state_dict(), folder / SCHEDULER_FILE)
 
 
-def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Set a freshly made engine to the state in a *verified* checkpoint folder. All ranks call it.
+def load_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any) -> None:
+    """Set a freshly made engine and schedule to a *verified* checkpoint. All ranks call it.
 
     Raises:
         RuntimeError: DeepSpeed loaded nothing.
@@ -122,6 +127,7 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
         raise RuntimeError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
     if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
         replay_bias_corrections(engine.basic_optimizer)
+    scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, map_location="cpu", weights_only=True))
 
 
 def replay_bias_corrections(optimizer: DeepSpeedCPUAdam) -> None:
