@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from orpo_ds.data.packing import TargetRows
-from orpo_ds.data.tokenize import TokenPair
+from orpo_ds.data.truncate import TokenPair
+from orpo_ds.model.kernels.score_rule import ScoreRule
 
 FIRST_ORDINARY_ID = 3  # below it: pad, bos, eos
+
+# (trunk, chosen, rejected): ordinary, a trunk of one token, a branch of one token, no rejected branch, no
+# chosen branch, nothing in common.
+SHAPES = ((12, 9, 14), (1, 5, 4), (30, 1, 17), (6, 7, 0), (5, 0, 6), (0, 11, 13))
 
 
 def random_pair(
@@ -51,3 +56,41 @@ def random_pairs(shapes: Sequence[tuple[int, int, int]], *, vocab_size: int, see
 def logps_of(logits: Tensor, rows: TargetRows) -> Tensor:
     """[R] log-probs of the target rows from logits [N, V], in the logits' dtype."""
     return logits.log_softmax(-1)[rows.index, rows.label]
+
+
+def full_sequence_attention(
+    pairs: Sequence[TokenPair], query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule
+) -> Tensor:
+    """Attention of the packed rows [T, Hq, Dv] in float64, from the lengths of the pairs alone.
+
+    Each of the two sequences of a pair is put together from its rows and gets plain causal attention; a row
+    of the trunk takes its output from the chosen sequence. Differentiable in query, key and value.
+    """
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.double(), value.double()
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = []
+    start = 0
+    for pair in pairs:
+        chosen_end = start + len(pair.chosen)
+        end = chosen_end + len(pair.rejected) - pair.trunk
+        chosen = torch.arange(start, chosen_end)
+        rejected = torch.cat((torch.arange(start, start + pair.trunk), torch.arange(chosen_end, end)))
+        outputs.append(_one_sequence(query[chosen], key[chosen], value[chosen], rule))
+        outputs.append(_one_sequence(query[rejected], key[rejected], value[rejected], rule)[pair.trunk :])
+        start = end
+    return torch.cat(outputs)
+
+
+def _one_sequence(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
+    """[S, H, D] against itself."""
+    scores = torch.einsum("qhd,khd->hqk", query, key) * rule.scaling
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    position = torch.arange(len(query))
+    distance = position.unsqueeze(1) - position
+    hidden = distance < 0
+    if rule.window is not None:
+        hidden |= distance >= rule.window
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
