@@ -42,7 +42,7 @@ help:  ## these lines
 
 .PHONY: demo
 demo: $(BASE)  ## train SmolLM2-135M with ORPO under ZeRO-3 offload on two ranks, and show what changed
-	$(BIN)/python -m demo
+	$(BIN)/python -m orpo_ds.demo
 
 .PHONY: test
 test: $(TEST)  ## the whole test suite
