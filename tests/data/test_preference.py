@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.data_utils import extract_prompt
 
@@ -69,6 +69,7 @@ def test_text_is_trls(name: str, shape: str) -> None:
     )
 
 
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.text("ab \n", max_size=12), st.text("ab \n", max_size=12))
 def test_implicit_prompt_of_any_text_is_trls(chosen: str, rejected: str) -> None:
     if chosen == rejected or not chosen or not rejected:
