@@ -120,8 +120,14 @@ def test_a_million_pairs_take_one_permutation_of_memory() -> None:
     for epoch in range(3):
         source.pairs(epoch * source.steps_per_epoch)
     kept, _ = tracemalloc.get_traced_memory()
+    assert kept < 4.1e6, "an int32 a pair"
+
+    tracemalloc.reset_peak()
+    for step in range(100):
+        source.pairs(2 * source.steps_per_epoch + step)
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 4.1e6
+    assert peak - kept < 1e5, "the steps of an epoch share its permutation"
 
 
 @pytest.mark.parametrize(("num_pairs", "size", "drop_last"), [(0, 4, False), (4, 0, False), (3, 4, True)])
