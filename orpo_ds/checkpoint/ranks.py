@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -73,7 +74,7 @@ def together(ranks: Ranks, action: Callable[[], T]) -> list[T]:
     try:
         result = action()
     except (OSError, ValueError) as error:
-        failure = describe_error(error)
+        failure = str(error)
     outcomes = ranks.all_gather((result, failure, socket.gethostname()))
     failures = [
         f"rank {rank} on {host}: {text}" if ranks.world_size > 1 else text
@@ -90,16 +91,9 @@ def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
     return together(ranks, lambda: action() if ranks.is_main else None)[0]  # type: ignore[return-value]
 
 
-def describe_error(error: Exception) -> str:
-    """One line for an error; for a full disk, the file and the bytes that its file system has left."""
-    if isinstance(error, OSError) and error.filename is not None:
-        folder = os.path.dirname(os.fspath(error.filename))
-        if os.path.isdir(folder):
-            return f"{error} ({free_bytes(folder):,} bytes free there)"
-    return str(error)
-
-
-def free_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes that this user may still write on the file system of `folder`."""
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write on the file system of `folder`, which need not exist yet."""
+    while not folder.is_dir():
+        folder = folder.absolute().parent
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize

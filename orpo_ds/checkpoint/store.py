@@ -114,8 +114,11 @@ class CheckpointStore:
             files = {name: entry for share in entries for name, entry in share.items()}
             on_main(self.ranks, lambda: self._publish(partial, final, metadata, files))
         except TogetherError as error:
+            free = on_main(self.ranks, lambda: free_bytes(self.output_dir))
             on_main(self.ranks, lambda: shutil.rmtree(partial, ignore_errors=True))
-            raise CheckpointSaveError(f"{final} was not saved: {error}") from None
+            raise CheckpointSaveError(
+                f"{final} was not saved: {error} ({free:,} bytes were free in {self.output_dir})"
+            ) from None
         self._proved_good.add(final)
         return final
 
@@ -126,11 +129,10 @@ class CheckpointStore:
             shutil.rmtree(partial)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         needed = self._expected_bytes(estimated_bytes)
-        free = free_bytes(self.output_dir)
-        if free < needed:
+        if free_bytes(self.output_dir) < needed:
             raise OSError(
-                f"it needs about {needed:,} bytes, and {self.output_dir} has {free:,} bytes free. Free space "
-                f"there, or set a lower save_total_limit (now {self.save_total_limit})"
+                f"it needs about {needed:,} bytes, which {self.output_dir} does not have. Free space there, "
+                f"or set a lower save_total_limit (now {self.save_total_limit})"
             )
         partial.mkdir()
 
