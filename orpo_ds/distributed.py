@@ -41,9 +41,12 @@ def start_process_group(*, timeout_s: int) -> None:
     """
     import deepspeed
 
+    from orpo_ds import native_ops
+
     ensure_rendezvous()
     if dist.is_initialized():
         return
+    native_ops.ready_for_ranks()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend,

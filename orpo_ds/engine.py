@@ -17,6 +17,7 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.training_args import OptimizerNames
 
+from orpo_ds import native_ops
 from orpo_ds.config import ORPOConfig
 from orpo_ds.policy import OrpoPolicy
 
@@ -124,6 +125,7 @@ def make_optimizer(policy: OrpoPolicy, args: ORPOConfig, *, offloaded: bool) -> 
     ]
     groups = [group for group in groups if group["params"]]
     if offloaded and OptimizerNames(args.optim).value.startswith("adamw_torch"):
+        native_ops.ready(native_ops.CPU_ADAM)
         return deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups,
             lr=args.learning_rate,
