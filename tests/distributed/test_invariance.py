@@ -7,14 +7,17 @@ which knows nothing of ranks, packing or tiles; so all of them equal one another
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.worker import MODEL_SEED, SETTINGS, Outcome, Setting
+from tests.distributed.worker import MODEL_SEED, SETTINGS, TRAINED_STEPS, Outcome, Setting
 from tests.parity.compare import gradient_errors, metric_errors
 from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import ReferenceStep, pad_pairs, reference_step
@@ -23,39 +26,48 @@ from tests.parity.tokenizer import tiny_tokenizer
 from tests.tiny_models import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+RANKS = (1, 2, 4)
 TOLERANCE = 1e-5
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda ranks: f"{ranks} ranks")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """What the worker wrote, by the name of the setting."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "rows.json").write_text(json.dumps(ROWS))
-    python = Path(sys.executable)
-    start = [python, "-m"]
-    if request.param > 1:
-        # Port 0 would not do: the ranks have to agree on it beforehand.
-        port = 29500 + os.getpid() % 1000 + request.param
+@dataclass(frozen=True)
+class Results:
+    """What one start of the worker gave."""
+
+    steps: dict[str, Outcome]
+    training: list[dict[str, float]]
+
+
+@functools.cache
+def results(ranks: int) -> Results:
+    """Start the worker, once, on that many ranks: one by itself, several through the `deepspeed` launcher."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        (Path(folder) / "rows.json").write_text(json.dumps(ROWS))
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        launcher = Path(sys.executable).with_name("deepspeed")
         start = [
-            python.with_name("deepspeed"),
-            f"--num_accelerators={request.param}",
+            f"{launcher}",
+            f"--num_accelerators={ranks}",
             f"--master_port={port}",
+            "--no_local_rank",
+            "--module",
         ]
-        start += ["--no_local_rank", "--module"]
-    command = [*start, "tests.distributed.worker", "rows.json", "cache", "results.pt"]
-    finished = subprocess.run(
-        [*map(str, command[:-3]), *(str(folder / name) for name in command[-3:])],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stdout[-8000:]
-    results = torch.load(folder / "results.pt", weights_only=True)
-    return {name: Outcome(**fields) for name, fields in results.items()}
+        finished = subprocess.run(
+            [*([sys.executable, "-m"] if ranks == 1 else start), "tests.distributed.worker", folder],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert finished.returncode == 0, finished.stdout[-8000:]
+        written = torch.load(Path(folder) / "results.pt", weights_only=True)
+    steps = {name: Outcome(**fields) for name, fields in written["steps"].items()}
+    return Results(steps, written["training"])
 
 
 @functools.cache
@@ -68,13 +80,25 @@ def reference(family: str) -> ReferenceStep:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_loss_metrics_and_gradients(outcomes: dict[str, Outcome], setting: Setting) -> None:
-    outcome, exact = outcomes[setting.name], reference(setting.family)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_loss_metrics_and_gradients(ranks: int, setting: Setting) -> None:
+    outcome, exact = results(ranks).steps[setting.name], reference(setting.family)
     assert outcome.loss == pytest.approx(exact.loss, rel=TOLERANCE)
     assert max(metric_errors(outcome.metrics, exact.metrics).values()) <= TOLERANCE
     assert max(gradient_errors(outcome.gradients, exact.gradients, tolerance=TOLERANCE).values()) <= TOLERANCE
 
 
-def test_a_tight_budget_means_more_micro_steps(outcomes: dict[str, Outcome]) -> None:
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_tight_budget_means_more_micro_steps(ranks: int) -> None:
+    steps = results(ranks).steps
     for stage in range(4):
-        assert outcomes[f"zero{stage}, tight budget"].micro_steps > outcomes[f"zero{stage}"].micro_steps
+        assert steps[f"zero{stage}, tight budget"].micro_steps > steps[f"zero{stage}"].micro_steps
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_training_goes_the_same_way(ranks: int) -> None:
+    alone, together = results(1).training, results(ranks).training
+    assert len(alone) == len(together) == TRAINED_STEPS
+    assert alone[0]["loss"] != alone[-1]["loss"]
+    for step, (expected, line) in enumerate(zip(alone, together, strict=True), start=1):
+        assert max(metric_errors(line, expected).values()) <= TOLERANCE, f"step {step}"

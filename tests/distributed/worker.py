@@ -2,10 +2,11 @@
 
 `test_invariance.py` starts it once for each number of ranks, because starting ranks is what takes long:
 
-    deepspeed --num_accelerators 2 --module tests.distributed.worker rows.json cache_folder results.pt
+    deepspeed --num_accelerators 2 --module tests.distributed.worker folder
 
 It runs what training runs (tokenised dataset, feed, policy, engine, `train_step`), and stops short of the update:
-there it reads the gradient of the global batch, which is gone after it.
+there it reads the gradient of the global batch, which is gone after it. At the end the trainer itself makes a few
+updates, on the same global batches whatever the number of ranks.
 """
 
 import json
@@ -22,7 +23,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from orpo_ds import distributed
+from orpo_ds import ORPOTrainer, distributed
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.batches import CostModel
 from orpo_ds.data.feed import Feed
@@ -69,6 +70,18 @@ SETTINGS = [
     Setting("zero3, gradient checkpointing", 3, max_tokens=TIGHT, gradient_checkpointing=True),
     Setting("zero3, untied head", 3, family="llama", max_tokens=TIGHT),
 ]
+
+GLOBAL_BATCH = 4  # of 7 pairs: the second batch of an epoch holds 3, fewer than there are ranks
+TRAINED_STEPS = 4
+TRAINED_METRICS = (
+    "loss",
+    "nll_loss",
+    "logps/chosen",
+    "logps/rejected",
+    "log_odds_chosen",
+    "rewards/accuracies",
+    "grad_norm",
+)
 
 
 @dataclass(frozen=True)
@@ -139,23 +152,60 @@ def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> 
     return Outcome(step.loss, metrics, before_update.gradients, len(plan.micro_batches))
 
 
-def main(rows: str, cache: str, results: str) -> None:
-    """Take the step under every setting; rank 0 writes a dict of setting name -> Outcome as a dict."""
+def train(rows: datasets.Dataset, folder: Path) -> list[dict[str, float]]:
+    """What `ORPOTrainer` logs of TRAINED_STEPS updates under ZeRO-3. All ranks call it.
+
+    Plain SGD: Adam would blow a gradient that is nothing but rounding up to the size of a real one.
+    """
+    args = ORPOConfig(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=GLOBAL_BATCH // distributed.world_size(),
+        max_steps=TRAINED_STEPS,
+        optim="sgd",
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        deepspeed={"zero_optimization": {"stage": 3}},
+        dataset_cache_dir=str(folder / "cache"),
+    )
     tokenizer = tiny_tokenizer()
+    trainer = ORPOTrainer(
+        model=tiny_model("qwen2", vocab_size=len(tokenizer), seed=MODEL_SEED),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=rows,
+    )
+    trainer.train()
+    return [
+        {name: line[name] for name in TRAINED_METRICS} for line in trainer.state.log_history[:TRAINED_STEPS]
+    ]
+
+
+def main(folder: Path) -> None:
+    """Read `rows.json` in `folder`, and let rank 0 write `results.pt` there.
+
+    Results: `steps`, a dict of setting name -> Outcome as a dict, and `training`, see `train`.
+    """
+    tokenizer = tiny_tokenizer()
+    rows = datasets.Dataset.from_list(json.loads((folder / "rows.json").read_text()))
     dataset = tokenize_dataset(
-        datasets.Dataset.from_list(json.loads(Path(rows).read_text())),
+        rows,
         processing_class=tokenizer,
         options=TokenizeOptions(max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH - 1),
         unusable="error",
-        cache_dir=cache,
+        cache_dir=folder / "cache",
     )
-    outcomes = {
+    steps = {
         setting.name: asdict(take_step(setting, dataset, pad_token_id=tokenizer.pad_token_id))
         for setting in SETTINGS
     }
+    training = train(rows, folder)
     if distributed.is_main():
-        torch.save(outcomes, results)
+        torch.save({"steps": steps, "training": training}, folder / "results.pt")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]))
