@@ -170,6 +170,7 @@ class ORPOTrainer:
             seed=args.seed if args.data_seed is None else args.data_seed,
             fingerprint=self.train_dataset.fingerprint,
             drop_last=args.dataloader_drop_last,
+            shuffle=args.train_sampling_strategy != "sequential",
         )
         self._start_state(batches)
         self._make_engine(self.state.max_steps)
