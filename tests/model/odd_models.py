@@ -145,7 +145,14 @@ UNPACKABLE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "attention sinks",
     ),
     "phimoe (window in the mask only)": (
-        _llama_like("Phimoe", num_local_experts=4, num_experts_per_tok=2, sliding_window=LONG),
+        _llama_like(
+            "Phimoe",
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=LONG,
+            router_jitter_noise=0.0,
+            input_jitter_noise=0.0,
+        ),
         "sliding window of 512 tokens in 2 layers, but only 0",
     ),
     "llama4 (chunks in the mask only)": (
