@@ -170,11 +170,14 @@ def test_the_routers_balance_is_that_of_the_padded_sequences(
         gradients = torch.autograd.grad(aux, parameters, allow_unused=True)
     torch.testing.assert_close(aux, wanted, rtol=1e-6, atol=0)
     largest = max(gradient.abs().max() for gradient in wanted_gradients if gradient is not None)
-    assert largest > 0
+    # The balance is flat near its optimum: its gradient is a small difference of terms of about 1, which are
+    # rounded. A trunk that counts once moves the gradient by a tenth and more.
+    tolerance = 8 * torch.finfo(torch.float32).eps
+    assert largest > 1000 * tolerance
     for gradient, wanted_gradient in zip(gradients, wanted_gradients, strict=True):
         assert (gradient is None) == (wanted_gradient is None)
         if gradient is not None and wanted_gradient is not None:
-            assert (gradient - wanted_gradient).abs().max() <= 1e-5 * largest
+            assert (gradient - wanted_gradient).abs().max() <= tolerance
 
 
 def test_a_router_whose_gradient_checkpointing_cuts_is_refused() -> None:
