@@ -112,6 +112,8 @@ def packed_attention(
             f"{layer} calls {ATTENTION_NAME} without a layout: the backbone was not given layout=..., or it "
             "does not hand its keyword arguments down to the attention"
         )
+    if sliding_window is not None and sliding_window < 1:
+        raise UnsupportedAttentionError(f"{layer} asks for a sliding window of {sliding_window} tokens")
     _refuse_unsupported(
         layer, attention_mask, dropout=dropout, is_causal=_is_causal(module, is_causal), kwargs=kwargs
     )
@@ -135,7 +137,7 @@ def _refuse_unsupported(
     if attention_mask is not None:
         reasons.append("an attention mask")
     if dropout > 0.0:
-        reasons.append(f"attention dropout of {dropout}")
+        reasons.append(f"attention dropout of {dropout} (disable_dropout=True turns it off)")
     if not is_causal:
         reasons.append("attention that is not causal")
     for name, value in kwargs.items():
@@ -182,9 +184,7 @@ def packed_attention_enabled(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for config, implementation in before:
-            config._attn_implementation_internal = (
-                implementation  # the public setter would overwrite sub-configs
-            )
+            config._attn_implementation_internal = implementation  # the setter would overwrite sub-configs
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -32,6 +32,7 @@ from tests.tiny_models import WINDOW, tiny_model
 REFUSED = {
     "attention mask": ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "an attention mask"),
     "dropout": ({"dropout": 0.1}, "attention dropout of 0.1"),
+    "empty window": ({"sliding_window": 0}, "sliding window of 0 tokens"),
     "sinks": ({"s_aux": torch.zeros(4)}, "attention sinks"),
     "position bias": ({"position_bias": torch.zeros(1, 4, 9, 9)}, "a position bias"),
     "alibi": ({"alibi": torch.zeros(4)}, "ALiBi"),

@@ -120,7 +120,10 @@ class _Segment:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """How to cut the row, and the masks of its segments, which all layers of a micro-batch share."""
+    """How to cut the row, and the masks of its segments, which all layers of a micro-batch share.
+
+    A mask has a byte for each score of a head; segments that `is_causal` serves have none.
+    """
 
     piece_sizes: list[int]
     segments: list[_Segment]
