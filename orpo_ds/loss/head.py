@@ -5,6 +5,7 @@ The letters are those of `token_logps`, whose docstring has the formulas.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,7 @@ class OnlineSoftmax:
         slope = self._head.slope(logits) if self._mean is not None else None
         peak = torch.maximum(self.peak, logits.amax(1))
         decay = torch.exp(self.peak - peak)
-        exps = torch.sub(logits, peak[:, None], out=scratch).exp_()
+        exps = _exp_(torch.sub(logits, peak[:, None], out=scratch))
         self.peak, self.mass = peak, self.mass.mul_(decay).add_(exps.sum(1))
         if self._mean is not None:
             exps = self._head.work.operand(exps if slope is None else exps.mul_(slope))
@@ -173,7 +174,16 @@ class Gradients:
     def _minus_d_(self, logits: Tensor, columns: slice, label: Tensor, peak: Tensor, mass: Tensor) -> Tensor:
         """Turn l [r, c] into -D = (p - 1[v = y]) (1 - (l/k)^2), in place; products take alpha < 0."""
         slope = self._head.slope(logits)
-        probs = logits.sub_(peak[:, None]).exp_().mul_(mass.reciprocal()[:, None])
+        probs = _exp_(logits.sub_(peak[:, None])).mul_(mass.reciprocal()[:, None])
         position, held = self._head.shard.locate(label, columns)
         probs.scatter_add_(1, position[:, None], -held.to(probs.dtype)[:, None])
         return probs if slope is None else probs.mul_(slope)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp(x) in place, as 2^(x log2 e).
+
+    torch's exp takes 0.84 ns an element on a core of this project's machine, mul and exp2 together 0.38. The
+    product rounds x once, which costs exp(x) a relative error of |x| eps: an absolute one below eps for x <= 0.
+    """
+    return x.mul_(1 / math.log(2)).exp2_()
