@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SECRET_FIELD = re.compile(
-    r"(^|_)(hub_token|auth_token|access_token|api_key|password|passwd|secret|secret_key|credentials?)$",
+    r"^token$|(^|_)(hub_token|auth_token|access_token|api_key|password|passwd|secret|secret_key|credentials?)$",
     re.IGNORECASE,
 )
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{16,}")
@@ -42,3 +42,22 @@ def redact_text(text: str) -> str:
         if secret:
             text = text.replace(secret, REDACTED)
     return SECRET_VALUE.sub(REDACTED, text)
+
+
+def redact_command_line(words: Sequence[str]) -> list[str]:
+    """A command line with the values of secret options (`--hub_token X`, `--hub_token=X`) replaced."""
+    redacted: list[str] = []
+    hide_next = False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        is_secret = (
+            word.startswith("--") and SECRET_FIELD.search(option.lstrip("-").replace("-", "_")) is not None
+        )
+        if hide_next:
+            redacted.append(REDACTED)
+        elif is_secret and equals:
+            redacted.append(f"{option}={REDACTED}")
+        else:
+            redacted.append(redact_text(word))
+        hide_next = is_secret and not equals
+    return redacted

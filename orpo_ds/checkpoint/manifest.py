@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from orpo_ds.checkpoint.ranks import Ranks, one_rank, together
 from orpo_ds.redact import redact

@@ -47,11 +47,13 @@ class MetricsFile:
 
     def _write_waiting(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        left = memoryview("".join(self._waiting).encode())
+        # Without a buffer: Python would try to write its rest once more when it closes the file.
+        with self.path.open("ab", buffering=0) as file:
             end = file.tell()
             try:
-                file.write("".join(self._waiting).encode())
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError:
                 # Half a line would spoil the file, and the next one with it.
                 os.truncate(self.path, end)
