@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FLASH_REFERENCE := $(VENV)/flash-reference
 CUDA := $(shell command -v nvidia-smi)
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # The releases that were chosen; `make constraints` resolves the rest around them into constraints.txt.
 TORCH := torch==2.13.0

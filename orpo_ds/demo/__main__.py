@@ -67,7 +67,13 @@ def main() -> None:
 def train_command(model: Path) -> list[str]:
     """The launch of the training: the one that the README gives, with a free port."""
     ranks = min(RANKS, torch.cuda.device_count()) if torch.cuda.is_available() else RANKS
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        str(ranks),
+        "--log_level",
+        "warning",
+    ]
     return [
         *launcher,
         *("--master_port", str(free_port())),
@@ -78,7 +84,13 @@ def train_command(model: Path) -> list[str]:
 
 def training_environment() -> dict[str, str]:
     """This process's environment, with one core a rank and a W&B run that needs no account."""
-    defaults = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    defaults = {
+        "WANDB_MODE": "offline",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed calls collectives by names that torch is renaming
+    }
     threads = max(1, (os.cpu_count() or 1) // RANKS)
     # DeepSpeed compiles its CPU optimizer with the ninja that was installed beside this Python.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
