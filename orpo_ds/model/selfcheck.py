@@ -39,9 +39,11 @@ PROBE_SHAPES = ((24, 12, 9), (7, 3, 5))  # trunk, chosen branch, rejected branch
 # What a model raises that cannot take the packed arguments. Memory and the network are not among the reasons.
 MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 STATELESS_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"})
-ROUNDING_MARGIN = 48  # see _tolerance
-FP32_TOLERANCE = 1e-3
-TF32_EPS = 2.0**-10
+# In nats. Rounding alone moved a token of SmolLM2-135M (30 layers; text and random ids) by up to 2e-5 in
+# fp32, 0.04 in fp16 and 0.15 in bf16. A wrong position, a leak from the chosen branch or a trunk short by one
+# token moved some token by 1.0 and more; on random models of two layers by 0.2 and more, where rounding in
+# bf16 is 0.04.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.4}
 
 log = logging.getLogger(__name__)
 
@@ -190,20 +192,11 @@ def _by_response(values: Tensor, rows: TargetRows) -> Tensor:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    """How far rounding alone moves a log-prob, in nats, with a margin of at least two.
-
-    Seen on SmolLM2-135M (30 layers): 2e-5 in fp32, 20 eps in fp16 and bf16. A wrong position, a leak from the
-    chosen branch or a trunk short by one token moved some token by 1.0 and more, and on tiny random models by
-    0.2.
-    """
-    if torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest":
-        eps = TF32_EPS
-    else:
-        eps = torch.finfo(torch.float32).eps
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            eps = max(eps, torch.finfo(parameter.dtype).eps)
-    return max(ROUNDING_MARGIN * eps, FP32_TOLERANCE)
+    """How far rounding alone may move a log-prob, in nats: that of the least precise of the weights."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    tolerance = max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
+    tf32 = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    return max(tolerance, TOLERANCE[torch.float16]) if tf32 else tolerance  # TF32 has the fraction of fp16
 
 
 def _explanation(parts: ModelParts, calls: list[AttentionCall]) -> str:
