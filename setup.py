@@ -45,7 +45,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["orpo_ds", "orpo_ds.*"]), "orpo_ds.ds_configs", "orpo_ds.launch"],
     package_dir={"orpo_ds.ds_configs": "ds_configs", "orpo_ds.launch": "launch"},
-    package_data={"orpo_ds.ds_configs": ["*.json"], "orpo_ds.launch": ["*"]},
+    package_data={"orpo_ds.ds_configs": ["*.json"], "orpo_ds.launch": ["*/*"]},
     entry_points={"console_scripts": ["orpo-ds = orpo_ds.cli:main"]},
     install_requires=[
         "accelerate>=1.10",  # transformers.TrainingArguments imports it
