@@ -36,8 +36,9 @@ from orpo_ds.model.attention import AttentionCall, UnsupportedAttentionError, pa
 Head = Callable[[Tensor, TargetRows], Tensor]  # hidden states [N, H] and the R target rows to log-probs [R]
 
 PROBE_SHAPES = ((24, 12, 9), (7, 3, 5))  # trunk, chosen branch, rejected branch, in tokens
-# What a model raises that cannot take the packed arguments. Memory and the network are not among the reasons.
+# What a model raises that cannot take the packed arguments, and what is never a reason to pad.
 MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+FATAL_ERRORS = (torch.OutOfMemoryError, torch.distributed.DistError)
 STATELESS_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"})
 # In nats. Rounding alone moved a token of SmolLM2-135M (30 layers; text and random ids) by up to 2e-5 in
 # fp32, 0.04 in fp16 and 0.15 in bf16. A wrong position, a leak from the chosen branch or a trunk short by one
@@ -126,7 +127,7 @@ def check_packing(parts: ModelParts, head: Head, pair: TokenPair) -> PackingVerd
     except UnsupportedAttentionError as error:
         return PackingVerdict(False, f"{error}.")
     except MODEL_ERRORS as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, FATAL_ERRORS):
             raise
         log.info("the packed forward of %s failed", name, exc_info=error)
         return PackingVerdict(False, f"The forward of {name} does not take a packed row: {error}.")

@@ -190,16 +190,19 @@ def test_a_head_that_is_a_network_stops_the_run(seed: int) -> None:
         _check(modern_bert_decoder(), seed)
 
 
-def test_running_out_of_memory_is_no_reason_to_pad(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+@pytest.mark.parametrize("fatal", [torch.OutOfMemoryError, torch.distributed.DistBackendError])
+def test_running_out_of_memory_or_ranks_is_no_reason_to_pad(
+    fatal: type[RuntimeError], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     model = tiny_model("llama", vocab_size=ODD_VOCAB, seed=seed)
     parts = find_parts(model)
     own_forward = model.model.layers[0].forward
 
     def exhausted(*args: Any, **kwargs: Any) -> Any:
         if "layout" in kwargs:
-            raise torch.OutOfMemoryError("no memory for a packed row")
+            raise fatal("in the packed forward")
         return own_forward(*args, **kwargs)
 
     monkeypatch.setattr(model.model.layers[0], "forward", exhausted)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(fatal):
         check_packing(parts, _head(parts), _pair(seed))
