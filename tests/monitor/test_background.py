@@ -87,5 +87,7 @@ def test_a_callback_that_hangs_costs_nothing_and_is_mentioned_once(
     assert sum("too slow" in record.getMessage() for record in caplog.records) == 1
     callback.gate.set()
     assert callback.drain(30)
-    # The thread held the first event and the queue the five after it; the end of training found no place.
-    assert [step for step, _ in callback.seen] == [1, 2, 3, 4, 5, 6] or [1, 2, 3, 4, 5]
+    # The queue held five events; when the thread took the first one, one more found a place.
+    steps = [step for step, _ in callback.seen]
+    assert steps[:5] == [1, 2, 3, 4, 5]
+    assert len(steps) <= 6
