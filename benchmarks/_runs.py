@@ -5,20 +5,21 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
-from _side import Result, Task
+from _side import Result, Task, TokenIds
 from _workload import REPOSITORY, SHAPES, preference_rows, random_model
 
-sys.path.insert(0, str(REPOSITORY))  # for `tests`, which is no installed package
-
-from orpo_ds.data.batches import CostModel
 from orpo_ds.data.preference import common_prefix_length
+from orpo_ds.data.tokenize import PairLengths
+from orpo_ds.model.anatomy import find_parts
+from orpo_ds.model.size import measure
+from orpo_ds.monitor.flops import UsefulFlops
 from tests.parity.reference import IGNORED, orpo_from_token_logps, padded_token_logps
 from tests.real_tokenizers import tokenizer
 
@@ -106,45 +107,25 @@ def run(task: Task) -> Result:
     return Result(**json.loads(Path(task.output).read_text()))
 
 
-def useful_flops(shape: str, token_ids: Sequence[dict[str, list[int]]]) -> list[float]:
-    """Model FLOPs that each row needs when nothing is computed twice: its shared prefix once, no padding.
+def useful_flops(shape: str, token_ids: Sequence[TokenIds]) -> float:
+    """FLOPs that the model needs for these rows when nothing is computed twice: shared prefixes once, no padding.
 
-    The same count for both sides, so that dividing it by their times shows who comes closer to the machine's peak.
+    Both sides are given the same count, so that dividing it by their times shows who comes closer to the peak.
     """
     with torch.device("meta"):
-        model = random_model(shape)
-    config = model.config
-    head = config.vocab_size * config.hidden_size
-    cost = CostModel.of_model(
-        body_parameters=model.num_parameters() - head,
-        head_parameters=head,
-        layers=config.num_hidden_layers,
-        attention_width=config.hidden_size,
-    )
-    flops = []
+        size = measure(find_parts(random_model(shape)))
+    trunk, chosen, rejected, start = [], [], [], []
     for row in token_ids:
-        chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
-        trunk = common_prefix_length(chosen, rejected)
-        branches = {"chosen": len(chosen) - trunk, "rejected": len(rejected) - trunk}
-        flops.append(cost.pair(trunk=trunk, **branches).flops)
-    return flops
+        shared = common_prefix_length(row["chosen_input_ids"], row["rejected_input_ids"])
+        trunk.append(shared)
+        chosen.append(len(row["chosen_input_ids"]) - shared)
+        rejected.append(len(row["rejected_input_ids"]) - shared)
+        start.append(row["chosen_labels"].count(IGNORED))
+    lengths = PairLengths(*(np.array(values, dtype=np.int32) for values in (trunk, chosen, rejected, start)))
+    return UsefulFlops(size, lengths, nll_on_prompt=True)(range(len(token_ids)))
 
 
-def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
-    """FLOPs a second of a large matrix product on this device, the best of several."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 2048
-    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        product = left @ right
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def float64_loss(shape: str, token_ids: Sequence[dict[str, list[int]]]) -> float:
+def float64_loss(shape: str, token_ids: Sequence[TokenIds]) -> float:
     """The loss of these rows as one batch, by the reference in float64; a sequence at a time, as logits are large."""
     model = random_model(shape).double().eval()
     names = ("chosen", "rejected")

@@ -6,6 +6,7 @@ Started by the `deepspeed` launcher from `vs_trl.py` and `gpu.py` with the path 
 
 import json
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from _workload import random_model
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from orpo_ds.monitor.peak import peak_memory_mib
+
 SIDES = ("trl", "packed", "padded")
+TokenIds = dict[str, list[int]]  # TRL's columns of one row
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Result:
     losses: list[float]
     seconds: list[float]
     peak_mib: float
-    token_ids: list[dict[str, list[int]]]
+    token_ids: list[TokenIds]
 
 
 class _Clock(TrainerCallback):
@@ -65,18 +69,21 @@ class _Clock(TrainerCallback):
 
 def run(task: Task) -> Result:
     """Train `task.steps` steps and measure them."""
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    # Only the side that runs is imported: its modules would count in the other's memory.
+    if task.side == "trl":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    keywords: dict[str, Any] = {}
-    if task.side != "trl":
+        keywords: dict[str, Any] = {"use_cpu": not torch.cuda.is_available()}
+    else:
         from orpo_ds import ORPOConfig, ORPOTrainer
 
-        # TRL 1.16 never cuts a prompt; see `rows_that_trl_can_train`.
+        # TRL 1.16 never cuts a prompt; see `preference_rows`.
         keywords = {"layout": task.side, "max_prompt_length": task.max_length - 1}
-    elif not torch.cuda.is_available():
-        keywords = {"use_cpu": True}
+    # TRL 1.16 cannot load a model by name under ZeRO-3: it sets a `device_map`. Made before ORPOConfig tells
+    # transformers about ZeRO-3, its random weights are those that the float64 reference makes.
+    model = random_model(task.shape, dtype=torch.bfloat16 if task.bf16 else torch.float32)
     args = ORPOConfig(
-        output_dir=str(Path(task.output).with_suffix("")),
+        output_dir=tempfile.mkdtemp(dir=Path(task.output).parent),
         per_device_train_batch_size=task.pairs,
         max_steps=task.steps,
         max_length=task.max_length,
@@ -92,8 +99,7 @@ def run(task: Task) -> Result:
     )
     clock = _Clock()
     trainer = ORPOTrainer(
-        # By name, TRL 1.16 sets a `device_map`, which ZeRO-3 refuses.
-        model=random_model(task.shape, dtype=torch.bfloat16 if task.bf16 else torch.float32),
+        model=model,
         args=args,
         processing_class=AutoTokenizer.from_pretrained(task.tokenizer),
         train_dataset=Dataset.from_list(json.loads(Path(task.rows).read_text())),
@@ -103,20 +109,12 @@ def run(task: Task) -> Result:
     return Result(
         losses=[line["loss"] for line in trainer.state.log_history if "loss" in line],
         seconds=[end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)],
-        peak_mib=peak_memory_mib(),
+        peak_mib=peak_memory_mib(args.device),
         token_ids=[] if task.side != "trl" else _token_ids(trainer.train_dataset),
     )
 
 
-def peak_memory_mib() -> float:
-    """Most memory this process ever held: allocated on the GPU, or resident (VmHWM) where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
-
-
-def _token_ids(rows: Dataset) -> list[dict[str, list[int]]]:
+def _token_ids(rows: Dataset) -> list[TokenIds]:
     names = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
     return [{name: row[name] for name in names} for row in rows]
 

@@ -1,6 +1,7 @@
 """What the benchmarks train: models by shape, with random weights (speed does not depend on them), and real pairs."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(
+    0, str(REPOSITORY)
+)  # a script's own folder is on the path, and `tests` is no installed package
 SHARED_DATA = REPOSITORY.parent / "shared" / "data" / "dpo_en_demo.jsonl"
 DEMO_DATA = REPOSITORY / "demo" / "data" / "train.jsonl"
 

@@ -16,9 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _runs import Inputs, Measured, float64_loss, matmul_peak, take_turns, useful_flops, write_inputs
+import torch
+from _runs import Inputs, Measured, float64_loss, take_turns, useful_flops, write_inputs
 from _side import Task
 from _workload import DEMO_DATA, REPOSITORY, SHAPES, SHARED_DATA
+
+from orpo_ds.monitor.peak import matmul_flops_per_second
 
 SIDES = ("trl", "packed")
 NAMES = {"trl": "TRL 1.16", "packed": "orpo_ds"}
@@ -30,7 +33,7 @@ SAME_LOSS = 1e-5
 def main() -> None:
     """Measure and print the table."""
     options = _options()
-    peak = matmul_peak()
+    peak = matmul_flops_per_second(torch.device("cpu"), torch.float32, max_seconds=5.0)
     print(
         f"{options.data}, max_length {options.max_length}, {PAIRS_A_STEP} pairs a step, fp32, ZeRO-3, one rank"
     )
@@ -76,8 +79,8 @@ def _task(
 
 def _print_table(trl: Measured, ours: Measured, *, shape: str, peak: float) -> None:
     token_ids = trl.runs[0].token_ids
-    timed = useful_flops(shape, token_ids)[PAIRS_A_STEP:]
-    flops_a_step = sum(timed) / (len(timed) / PAIRS_A_STEP)
+    timed = token_ids[PAIRS_A_STEP:]
+    flops_a_step = useful_flops(shape, timed) * PAIRS_A_STEP / len(timed)
     print("| side | s/step | peak MiB | useful FLOPs fraction | loss of the first batch |")
     print("| --- | --- | --- | --- | --- |")
     for measured in (trl, ours):

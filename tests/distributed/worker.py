@@ -109,13 +109,14 @@ class BeforeUpdate:
 
     def step(self) -> None:
         parameters = self._engine.module.model.named_parameters()
-        self.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in parameters}
+        self.gradients = {name: safe_get_full_grad(parameter).clone().cpu() for name, parameter in parameters}
 
 
 def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> Outcome:
     """Forward and backward of all pairs of the dataset as one global batch. All ranks call it."""
     args = ORPOConfig(
         output_dir=tempfile.gettempdir(),  # nothing is written
+        bf16=False,
         deepspeed={"zero_optimization": {"stage": setting.stage}},
         report_to="none",
     )
@@ -168,6 +169,7 @@ def train(rows: datasets.Dataset, folder: Path) -> list[dict[str, float]]:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        bf16=False,
         deepspeed={"zero_optimization": {"stage": 3}},
         dataset_cache_dir=str(folder / "cache"),
     )

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,13 +60,15 @@ def one_step(
     layout: str,
     beta: float = 0.1,
     nll_on_prompt: bool = True,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> OrpoStep:
     """Loss, gradients and metrics of a copy of `model` on all `pairs` as one micro-batch.
 
     `layout` is one of LAYOUTS. An encoder-decoder's nll counts its responses only, because the prompt is not
-    predicted.
+    predicted. The model is copied to `device` in `dtype`; the gradients come back to the CPU.
     """
-    policy = OrpoPolicy(copy.deepcopy(model), beta=beta, logits_cache_mib=0, tile_rows=7)
+    policy = OrpoPolicy(copy.deepcopy(model).to(device, dtype), beta=beta, logits_cache_mib=0, tile_rows=7)
     pad_token_id, pair_ids = model.config.pad_token_id, range(len(pairs))
     if layout == "packed":
         batch = pack(pairs, pair_ids=pair_ids, nll_on_prompt=nll_on_prompt)
@@ -79,12 +82,12 @@ def one_step(
         nll_on_prompt = False
     nll_tokens = sum(count_targets(pair, nll_on_prompt) for pair in pairs)
     with packed_attention_enabled(policy.model) if layout == "packed" else nullcontext():
-        sums = policy(batch, nll_tokens_total=nll_tokens, pairs_total=len(pairs))
+        sums = policy(batch.to(device), nll_tokens_total=nll_tokens, pairs_total=len(pairs))
         sums["loss"].backward()
     loss = sums.pop("loss").item()
     counts = {"nll_loss": nll_tokens}
     return OrpoStep(
         loss=loss,
-        gradients={n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None},
+        gradients={n: p.grad.cpu() for n, p in policy.model.named_parameters() if p.grad is not None},
         metrics={"loss": loss} | {name: sums[name].item() / counts.get(name, len(pairs)) for name in sums},
     )

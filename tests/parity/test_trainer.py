@@ -25,6 +25,7 @@ def test_one_step_logs_what_trl_logs(stage: int, tmp_path: Path, seed: int) -> N
 
     args = ORPOConfig(
         output_dir=str(tmp_path),
+        bf16=False,
         per_device_train_batch_size=len(ROWS),
         max_steps=1,
         logging_steps=1,
