@@ -2,19 +2,18 @@
 
 The trainer uses it like this, on all ranks:
 
-    resume_from = resolve_resume(args.resume_from_checkpoint, args.output_dir, ranks=ranks)   # or None
-    claim_output_dir(args.output_dir, resume_from=resume_from, overwrite_output_dir=..., ranks=ranks)
-    store = CheckpointStore(args.output_dir, save_total_limit=args.save_total_limit, ranks=ranks)
+    source = resolve_resume(args.resume_from_checkpoint, output_dir, ranks=ranks)      # or None
+    claim_output_dir(output_dir, resume_from=source, overwrite_output_dir=False, ranks=ranks)
+    store = CheckpointStore(output_dir, save_total_limit=3, ranks=ranks)
     store.clean_up()
-    manifest = check_resume(resume_from, metadata)
-    load_engine(engine, resume_from)
-    load_rank_state(resume_from, ranks)
+    check_resume(source, metadata)
+    load_engine(engine, source, scheduler=scheduler)
+    load_rank_state(source, ranks)
     ...
-    store.save(write, metadata)          # write(folder): save_engine, save_rank_state, trainer_state.json,
-    ... store.prune(keep=[best])
+    store.save(write, metadata)     # write(folder): save_engine, save_rank_state, trainer_state.json
+    store.prune(keep=[best])
 
-`check_engine`, `save_engine` and `load_engine` are in `engine_state`, the one module here that imports
-DeepSpeed.
+`check_engine`, `save_engine` and `load_engine` are in `engine_state`, the one module that imports DeepSpeed.
 """
 
 from orpo_ds.checkpoint.manifest import CheckpointMetadata, Manifest, read_manifest, verify

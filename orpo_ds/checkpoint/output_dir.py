@@ -49,13 +49,11 @@ def claim_output_dir(
 
     Args:
         output_dir: the run's output folder.
-        resume_from: the checkpoint that this run continues (`resolve_resume`), None for a new run. One that
-        lies
-            in `output_dir` means that what is there is this run's own.
-        ranks: this rank and its collective.
+        resume_from: the checkpoint that this run continues (`resolve_resume`), None for a new run. If it lies
+            in `output_dir`, what is there is this run's own.
         overwrite_output_dir: move an older run's results into `output_dir/previous-<time>` instead of
-        refusing.
-            Nothing is deleted, and files that no run writes stay where they are.
+            refusing. Nothing is deleted, and files that no run writes stay where they are.
+        ranks: this rank and its collective.
 
     Raises:
         ValueError: on all ranks, when another run's results are there; names them.

@@ -26,42 +26,16 @@ COMPARED_BY_NAME = {
 }
 
 # Fields of the config whose change makes the rest of the run another run. The learning rate, for one, would
-# come out of the checkpoint's scheduler and the new value would be ignored in silence. fmt: off
-REFUSED_FIELDS = frozenset(
-    {
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "beta",
-        "bf16",
-        "chat_template_path",
-        "data_seed",
-        "dataloader_drop_last",
-        "disable_dropout",
-        "fp16",
-        "is_encoder_decoder",
-        "label_pad_token_id",
-        "label_smoothing_factor",
-        "learning_rate",
-        "lr_scheduler_kwargs",
-        "lr_scheduler_type",
-        "max_completion_length",
-        "max_grad_norm",
-        "max_length",
-        "max_prompt_length",
-        "neftune_noise_alpha",
-        "nll_on_prompt",
-        "optim",
-        "optim_args",
-        "optim_target_modules",
-        "padding_value",
-        "train_sampling_strategy",
-        "truncation_mode",
-        "unusable_rows",
-        "warmup_steps",
-        "weight_decay",
-    }
-)
+# come out of the checkpoint's schedule and the new value would be ignored in silence.
+# fmt: off
+REFUSED_FIELDS = frozenset({
+    "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "chat_template_path", "data_seed",
+    "dataloader_drop_last", "disable_dropout", "fp16", "is_encoder_decoder", "label_pad_token_id",
+    "label_smoothing_factor", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
+    "max_completion_length", "max_grad_norm", "max_length", "max_prompt_length", "neftune_noise_alpha",
+    "nll_on_prompt", "optim", "optim_args", "optim_target_modules", "padding_value",
+    "train_sampling_strategy", "truncation_mode", "unusable_rows", "warmup_steps", "weight_decay",
+})
 # fmt: on
 
 # Fields whose change leaves every number of the training as it is.
@@ -110,7 +84,9 @@ def resolve_resume(
     if wish in ("false", "none"):
         return None
     if wish == "true":
-        newest = CheckpointStore(output_dir, save_total_limit=None, ranks=ranks).latest_good()
+        store = CheckpointStore(output_dir, save_total_limit=None, ranks=ranks)
+        store.clean_up()  # may bring back a checkpoint that was being replaced when the run died
+        newest = store.latest_good()
         if newest is None:
             raise ValueError(_nothing_to_resume(output_dir, ranks))
         return newest

@@ -63,11 +63,10 @@ class CheckpointStore:
         self._proved_good: set[Path] = set()
 
     def clean_up(self) -> None:
-        """Finish or undo what a crash interrupted. Collective; called once at the start, before any save."""
+        """Finish or undo what a crash interrupted. Collective; called at the start, before any save."""
         on_main(self.ranks, self._clean_up_on_main)
 
     def _clean_up_on_main(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         for doomed in self.output_dir.glob(f"{DOOMED_PREFIX}checkpoint-*"):
             final = self.output_dir / doomed.name.removeprefix(DOOMED_PREFIX)
             if not final.exists() and not problems_by_size(doomed):
@@ -96,12 +95,11 @@ class CheckpointStore:
                 there is no earlier checkpoint to go by.
 
         Returns:
-            the path of the finished checkpoint, the same on every rank.
+            The path of the finished checkpoint, the same on every rank.
 
         Raises:
             CheckpointSaveError: on all ranks, when one of them failed (disk full, no permission, ...); says
-            which
-                and why. The partial folder is gone and the earlier checkpoints are untouched.
+                which and why. The partial folder is gone and the earlier checkpoints are untouched.
         """
         final = self.output_dir / f"checkpoint-{metadata.step}"
         partial = self.output_dir / f"{PARTIAL_PREFIX}{final.name}"

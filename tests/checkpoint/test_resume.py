@@ -51,6 +51,7 @@ def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
         resolve_resume(True, tmp_path / "new", ranks=one_rank())
     with pytest.raises(ValueError, match="no such folder"):
         resolve_resume(str(tmp_path / "checkpoint-3"), tmp_path, ranks=one_rank())
+    assert not (tmp_path / "new").exists()
     # A save that was interrupted before its rename, and a folder without a manifest (TRL's, for one).
     (tmp_path / ".tmp-checkpoint-20").mkdir()
     (tmp_path / "checkpoint-10").mkdir()

@@ -14,7 +14,7 @@ from threading import Barrier
 
 import pytest
 
-from orpo_ds.checkpoint import CheckpointSaveError, CheckpointStore, verify
+from orpo_ds.checkpoint import CheckpointSaveError, CheckpointStore, one_rank, resolve_resume, verify
 from orpo_ds.checkpoint.manifest import MANIFEST_NAME
 from orpo_ds.checkpoint.ranks import Ranks
 from tests.checkpoint.folders import FILES, content_of, flip_byte, metadata, store_in, writer
@@ -86,7 +86,8 @@ def test_a_killed_save_loses_nothing(tmp_path: Path, where: str) -> None:
     assert any(name.startswith(".tmp-") for name in names_in(tmp_path)), "it was not killed within the save"
     assert store_in(tmp_path).latest_good() == tmp_path / "checkpoint-10"
 
-    store_in(tmp_path).clean_up()
+    newest = resolve_resume(True, tmp_path, ranks=one_rank())
+    assert newest == tmp_path / ("checkpoint-20" if where == "between two renames" else "checkpoint-10")
     assert {path.name: content_of(path) for path in tmp_path.iterdir()} == before
 
 
