@@ -4,11 +4,13 @@
     deepspeed --num_gpus 8 --module orpo_ds train --config run.yaml [--any_field value …]
 
 The YAML file and the flags have the same flat names, those of `ScriptArguments` and `ORPOConfig`; a flag wins over
-the file. A mistake of the user ends in one message and exit status 2, without a traceback.
+the file. A mistake of the user ends in one message and exit status 2, a run that cannot go on (the loss is NaN, the
+disk is full at the last checkpoint) in one message and exit status 1; neither prints a traceback.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
@@ -20,8 +22,14 @@ if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
     from orpo_ds.config import ORPOConfig, ScriptArguments
+    from orpo_ds.trainer import ORPOTrainer
 
 USAGE_ERROR = 2
+RUN_ERROR = 1
+
+
+class RunError(RuntimeError):
+    """A run that started well and cannot go on."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,16 +52,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     try:
         command(words[1:])
-    except ValueError as error:
+    except (ValueError, RunError) as error:
         if os.environ.get("ORPO_DS_DEBUG"):
             raise
-        _fail(str(error))
+        _fail(str(error), status=RUN_ERROR if isinstance(error, RunError) else USAGE_ERROR)
 
 
 def train(words: Sequence[str]) -> None:
     """Train a model on preference pairs."""
     script, args = parse_train_arguments(words)
+    from orpo_ds.checkpoint import CheckpointSaveError
     from orpo_ds.data.load import load_rows
+    from orpo_ds.step import NonFiniteLossError
     from orpo_ds.trainer import ORPOTrainer
 
     rows = load_rows(script.dataset_name, split=script.dataset_train_split, config_name=script.dataset_config)
@@ -69,8 +79,10 @@ def train(words: Sequence[str]) -> None:
         eval_dataset=eval_rows,
         peft_config=_adapters(script),
     )
-    trainer.train()
-    trainer.save_model()
+    try:
+        _train_and_save(trainer)
+    except (NonFiniteLossError, CheckpointSaveError) as error:
+        raise RunError(str(error)) from error
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train}
@@ -80,14 +92,16 @@ def parse_train_arguments(words: Sequence[str]) -> tuple[ScriptArguments, ORPOCo
     """Settings of a run from `--config FILE` and flags.
 
     Raises:
-        ValueError: an unknown key or flag (names the nearest), a missing one, or a file that cannot be read.
+        ValueError: an unknown key or flag (names the nearest), a missing one, a value of another type, or a file that
+            cannot be read.
     """
     from transformers import HfArgumentParser
 
     from orpo_ds.config import ORPOConfig, ScriptArguments
 
     kinds: Any = [ScriptArguments, ORPOConfig]
-    parser = HfArgumentParser(kinds, prog="orpo-ds train")
+    # Without abbreviations: `--learning_rat` is a slip, and in the YAML file it is one as well.
+    parser = HfArgumentParser(kinds, prog="orpo-ds train", allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", help="YAML file with any of these fields.")
     words = list(words)
     config_path = _take_config(words)
@@ -100,7 +114,10 @@ def parse_train_arguments(words: Sequence[str]) -> tuple[ScriptArguments, ORPOCo
     ]
     if missing and not {"-h", "--help"} & set(words):
         raise ValueError(f"{', '.join(missing)} must be given, as a flag or in the file of --config.")
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
     if unknown:
         fields = [action.dest for action in parser._actions]
         raise ValueError(
@@ -159,6 +176,20 @@ def _set_defaults(parser: HfArgumentParser, fields: dict[str, Any], *, source: s
         action.required = False
 
 
+def _train_and_save(trainer: ORPOTrainer) -> None:
+    """Train, and write the model even where the last checkpoint did not fit on the disk: the model is smaller."""
+    from orpo_ds.checkpoint import CheckpointSaveError
+
+    failure: CheckpointSaveError | None = None
+    try:
+        trainer.train()
+    except CheckpointSaveError as error:
+        failure = error
+    trainer.save_model()
+    if failure is not None:
+        raise failure
+
+
 def _merge_model_keywords(script: ScriptArguments, args: ORPOConfig) -> None:
     """The model's flags become keywords of `from_pretrained`."""
     keywords = args.model_keywords
@@ -197,8 +228,8 @@ def _flag(word: str) -> str:
     return word.partition("=")[0]
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, status: int = USAGE_ERROR) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     origin = f"orpo-ds (rank {rank})" if rank else "orpo-ds"
     print(f"{origin}: error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(USAGE_ERROR)
+    raise SystemExit(status)

@@ -144,6 +144,16 @@ class ORPOConfig(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         distributed.start_process_group(timeout_s=self.ddp_timeout)
         super().__post_init__()
+        self._refuse_mismatches()
+
+    def _refuse_mismatches(self) -> None:
+        """Say at once what transformers found when it compared the two, and would say after the model is loaded."""
+        found = [text.removeprefix("- ds ").split(" vs hf ") for text in self.hf_deepspeed_config.mismatches]
+        if found:
+            lines = "\n".join(f"  {theirs} in the JSON, {ours} in ORPOConfig" for theirs, ours in found)
+            raise ValueError(
+                f'the DeepSpeed JSON and ORPOConfig disagree:\n{lines}\nSet them alike, or write "auto" in the JSON.'
+            )
 
     def _check_values(self) -> None:
         for name, kind in (
@@ -206,6 +216,12 @@ class ORPOConfig(TrainingArguments):
         """`model_init_kwargs` as a dict; transformers has parsed a JSON string by now."""
         assert not isinstance(self.model_init_kwargs, str)
         return dict(self.model_init_kwargs or {})
+
+    @property
+    def deepspeed_settings(self) -> dict[str, Any]:
+        """The DeepSpeed JSON; it has been read by now."""
+        assert isinstance(self.deepspeed, dict)
+        return self.deepspeed
 
     @property
     def run_dir(self) -> Path:

@@ -55,7 +55,6 @@ def build_engine(
     """
     config = deepspeed_settings(args, policy.model, total_steps=total_steps)
     stage = config["zero_optimization"]["stage"]
-    check_offload(config["zero_optimization"])
     if stage == 3:
         for parameter in policy.head.external_parameters():
             deepspeed.zero.register_external_parameter(policy.head, parameter)
@@ -96,7 +95,14 @@ def deepspeed_settings(args: ORPOConfig, model: nn.Module, *, total_steps: int) 
 
 
 def check_offload(zero: dict[str, Any]) -> None:
-    """Refuse NVMe offload where libaio or the folder is missing, before a model is loaded."""
+    """Refuse NVMe offload where libaio or the folder is missing, before a model is loaded.
+
+    Args:
+        zero: `zero_optimization` of the DeepSpeed JSON.
+
+    Raises:
+        ValueError: names the JSON's key.
+    """
     for part in ("offload_optimizer", "offload_param"):
         target = zero.get(part) or {}
         if target.get("device") != "nvme":
@@ -150,8 +156,28 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: ORPOConfig, total_ste
     )
 
 
+def keep_plain_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Do for ZeRO-0 in fp32 what DeepSpeed's own optimizers do: keep the gradient's norm, and skip what is not finite.
+
+    Called between the backward pass, after which `grad` holds the global gradient, and the step, which clips it.
+
+    Returns:
+        Whether the step may be taken. If not, the gradient is dropped and the step counted as skipped.
+    """
+    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return True
+    gradients = [value.grad for value in engine.module.parameters() if value.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    engine._global_grad_norm = norm
+    if norm.isfinite().item():
+        return True
+    engine.zero_grad()
+    engine.skipped_steps += 1
+    return False
+
+
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """Norm of the global gradient before clipping, or None where the stage does not compute one."""
+    """Norm of the global gradient before clipping; None where the DeepSpeed JSON forbids to compute it."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ds import distributed
+from orpo_ds.checkpoint import CheckpointSaveError, job_ranks
+from orpo_ds.checkpoint.ranks import TogetherError, free_bytes, on_main
+
+PARTIAL_NAME = ".tmp-model"
 
 
 def save_pretrained(
@@ -18,21 +24,48 @@ def save_pretrained(
     """Write weights (safetensors), config, generation config, and the tokenizer with its chat template.
 
     All ranks call it; the main process writes. Under ZeRO-3 one parameter at a time is gathered and copied to the main
-    process's host memory, so no GPU ever holds the model. A PEFT model writes its adapter only.
+    process's host memory, so no GPU ever holds the model. A PEFT model writes its adapter only. Files appear in
+    `folder` when all of them are complete.
 
     Args:
         model: inside or outside an engine.
         folder: created if it does not exist.
         tokenizer: saved beside the weights.
+
+    Raises:
+        CheckpointSaveError: on all ranks, when the files could not be written; what `folder` held is untouched.
     """
     state = full_state(model)
-    if distributed.is_main():
-        use_cache, model.config.use_cache = model.config.use_cache, True
-        model.save_pretrained(folder, state_dict=state)
-        model.config.use_cache = use_cache
+    target = Path(folder)
+    try:
+        on_main(job_ranks(), lambda: _write(model, target, state=state, tokenizer=tokenizer))
+    except TogetherError as error:
+        raise CheckpointSaveError(
+            f"the model was not saved in {target}: {error} ({free_bytes(target):,} bytes are free there)"
+        ) from None
+
+
+def _write(
+    model: PreTrainedModel,
+    target: Path,
+    *,
+    state: dict[str, Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    partial = target / PARTIAL_NAME
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(partial, state_dict=state)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    distributed.barrier()
+            tokenizer.save_pretrained(partial)
+        for path in partial.iterdir():
+            path.replace(target / path.name)
+    except SafetensorError as error:
+        raise OSError(f"{partial}: {error}") from error
+    finally:
+        model.config.use_cache = use_cache
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def full_state(model: torch.nn.Module) -> dict[str, Tensor] | None:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import enable_full_determinism
 
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
+from orpo_ds.engine import check_offload
 from orpo_ds.model.load import (
     check_vocabulary,
     disable_dropout,
@@ -43,10 +44,12 @@ def prepare_model(
         peft_config: a `peft.PeftConfig` or its dict; None trains all parameters.
 
     Raises:
-        ValueError: neither or both of `model` and `model_init`, or `model_init_kwargs` for a ready-made model.
+        ValueError: neither or both of `model` and `model_init`, `model_init_kwargs` for a ready-made model, or a model
+            that cannot be loaded; NVMe offload that this machine cannot do.
     """
     if (model is None) == (model_init is None):
         raise ValueError("pass either `model` (an object, a folder or a hub id) or `model_init`.")
+    check_offload(args.deepspeed_settings.get("zero_optimization", {}))
     if args.full_determinism:
         enable_full_determinism(args.seed)
     else:
@@ -54,12 +57,15 @@ def prepare_model(
     keywords = args.model_keywords
     if isinstance(model, str):
         dtype = keywords.pop("dtype", "auto")
-        made = load_model(
-            model,
-            dtype=training_dtype(args) if dtype in ("auto", None) else dtype,
-            trust_remote_code=args.trust_remote_code,
-            **keywords,
-        )
+        try:
+            made = load_model(
+                model,
+                dtype=training_dtype(args) if dtype in ("auto", None) else dtype,
+                trust_remote_code=args.trust_remote_code,
+                **keywords,
+            )
+        except OSError as error:
+            raise ValueError(f"model {model!r} cannot be loaded: {error}") from error
     elif keywords:
         raise ValueError(
             f"model_init_kwargs={keywords} has no effect on a model that is made already: pass the model by name."
@@ -106,7 +112,7 @@ def prepare_tokenizer(
     """The user's tokenizer, or the model's own, with the chat template of the run.
 
     Raises:
-        ValueError: it knows ids that the model has no embedding for, or there is none.
+        ValueError: it knows ids that the model has no embedding for, there is none, or it cannot be loaded.
     """
     if processing_class is None:
         name = model.config.name_or_path
@@ -115,7 +121,15 @@ def prepare_tokenizer(
                 "pass `processing_class`: the model was not loaded by name, so its tokenizer is unknown."
             )
         revision = args.model_keywords.get("revision")
-        processing_class = load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        try:
+            processing_class = load_tokenizer(
+                name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the tokenizer of model {name!r} cannot be loaded: {error}\nPass `processing_class`, or put the "
+                "tokenizer's files beside the model's."
+            ) from error
     if args.chat_template_path is not None:
         use_chat_template(processing_class, args.chat_template_path)
     check_vocabulary(model, processing_class)

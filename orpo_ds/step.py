@@ -17,7 +17,7 @@ from torch import Tensor
 from orpo_ds import distributed
 from orpo_ds.data.feed import StepPlan
 from orpo_ds.data.packing import MicroBatch
-from orpo_ds.engine import Engine
+from orpo_ds.engine import Engine, keep_plain_norm
 
 # Takes the metric sums of a micro-batch, `loss` among them.
 Recorder = Callable[[dict[str, Tensor], MicroBatch], None]
@@ -27,12 +27,14 @@ class NonFiniteLossError(RuntimeError):
     """The loss is not a number any more; the weights are still those of the step before.
 
     Attributes:
+        loss: NaN, or an infinity.
         pairs: dataset indices of the pairs in the micro-batches whose loss is not finite.
     """
 
-    def __init__(self, loss: float, pairs: list[int]) -> None:
-        """Say which pairs gave which loss."""
-        super().__init__(f"the loss is {loss}")
+    def __init__(self, loss: float, pairs: list[int], *, advice: str = "") -> None:
+        """Say what the loss is, and where to look."""
+        super().__init__(f"the loss is {loss} {advice}".rstrip())
+        self.loss = loss
         self.pairs = pairs
 
 
@@ -42,7 +44,7 @@ class StepOutcome:
 
     Attributes:
         loss: of the global batch, before the update.
-        applied: False when DeepSpeed skipped the update because fp16 gradients overflowed.
+        applied: False when the update was skipped because the gradient is not finite, as fp16's when it overflows.
     """
 
     loss: float
@@ -75,6 +77,8 @@ def train_step(
         losses.append((sums["loss"], batch))
         record(sums, batch)
     loss = global_loss(losses)
+    if not keep_plain_norm(ds):
+        return StepOutcome(loss=loss, applied=False)
     ds.step()
     return StepOutcome(loss=loss, applied=bool(ds.was_step_applied()))
 

@@ -25,13 +25,13 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from orpo_ds import distributed
 from orpo_ds.checkpoint import (
     CheckpointMetadata,
+    CheckpointSaveError,
     CheckpointStore,
     check_resume,
     claim_output_dir,
@@ -52,9 +52,10 @@ from orpo_ds.evaluation import evaluate
 from orpo_ds.export import save_pretrained
 from orpo_ds.model.attention import packed_attention_enabled
 from orpo_ds.model.load import padding_id
-from orpo_ds.model.selfcheck import check_packing
+from orpo_ds.model.selfcheck import check_head, check_packing
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.jsonl import MetricsFile
+from orpo_ds.monitor.report import reporting_callbacks
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.prepare import prepare_dataset, prepare_model, prepare_tokenizer, training_dtype
 from orpo_ds.redact import redact
@@ -122,7 +123,7 @@ class ORPOTrainer:
         self.callback_handler = CallbackHandler(
             [
                 DefaultFlowCallback,
-                *get_reporting_integration_callbacks(self.args.report_to),
+                *reporting_callbacks(self.args, output_dir=str(self.args.run_dir), facts=self._facts),
                 *callbacks,
                 bar,
             ],
@@ -151,6 +152,8 @@ class ORPOTrainer:
         Raises:
             ValueError: nothing to train on, another run in `output_dir`, or a resume that is not possible.
             NonFiniteLossError: the loss became NaN or infinite; the weights are still those of the step before.
+            CheckpointSaveError: the last checkpoint could not be written; the model is trained, and `save_model` or
+                `save_checkpoint` may be called again. A save that fails before the last one is only logged.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to ORPOTrainer.")
@@ -200,17 +203,19 @@ class ORPOTrainer:
             try:
                 outcome = train_step(engine, plan, micro_batches, record=watch.record)
             except NonFiniteLossError as error:
-                error.add_note(self._advice(error))
-                raise
+                raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
+            learning_rate = engine.optimizer.param_groups[0]["lr"]
             if outcome.applied:
                 engine.scheduler.step()
+            elif distributed.is_main():
+                logger.warning("step %d: no update, its gradient is not finite", state.global_step + 1)
             watch.end_step(outcome, pairs=plan.pairs)
             state.global_step += 1
             state.epoch = state.global_step / batches.steps_per_epoch
             self._event("on_step_end")
             if state.global_step % batches.steps_per_epoch == 0 or state.global_step == state.max_steps:
                 self._event("on_epoch_end")
-            self._log_evaluate_save(watch)
+            self._log_evaluate_save(watch, learning_rate=learning_rate)
             if self.control.should_training_stop:
                 break
         summary = watch.summary()
@@ -218,8 +223,13 @@ class ORPOTrainer:
         self._event("on_train_end")
         return TrainOutput(state.global_step, summary["train_loss"], summary)
 
-    def _log_evaluate_save(self, watch: Watch) -> None:
-        """What the callbacks' flow control asked for at this step; the last step is always logged."""
+    def _log_evaluate_save(self, watch: Watch, *, learning_rate: float) -> None:
+        """What the callbacks' flow control asked for at this step; the last step is always logged.
+
+        Args:
+            watch: what was seen since the last log.
+            learning_rate: that of the step just taken.
+        """
         engine = self.engine
         assert engine is not None
         if self.control.should_log or self.state.global_step == self.state.max_steps:
@@ -227,7 +237,7 @@ class ORPOTrainer:
                 {
                     **watch.figures(self.state.global_step),
                     "grad_norm": gradient_norm(engine.deepspeed),
-                    "learning_rate": engine.optimizer.param_groups[0]["lr"],
+                    "learning_rate": learning_rate,
                     "skipped_steps": engine.deepspeed.skipped_steps,
                 }
             )
@@ -235,7 +245,7 @@ class ORPOTrainer:
             if self.control.should_evaluate:
                 self.evaluate()
             if self.control.should_save:
-                self.save_checkpoint()
+                self._save_or_go_on()
 
     def log(self, figures: dict[str, Any]) -> None:
         """Put figures into `metrics.jsonl`, the state's history and all dashboards."""
@@ -284,9 +294,10 @@ class ORPOTrainer:
     def _choose_packed(self) -> bool:
         """Whether this run packs; proved on a short pair of the user's own data, on the user's own model."""
         wish = self.args.layout
-        if wish == "padded" or self.policy.parts.is_encoder_decoder:
-            return False
         dataset = self.train_dataset or next(iter(self.eval_datasets.values()))
+        if wish == "padded" or self.policy.parts.is_encoder_decoder:
+            check_head(self.policy.parts, self.policy.head, dataset[0])
+            return False
         verdict = check_packing(self.policy.parts, self.policy.head, dataset[0])
         if verdict.ok:
             return True
@@ -372,6 +383,20 @@ class ORPOTrainer:
         self._event("on_save")
         return path
 
+    def _save_or_go_on(self) -> None:
+        """Save; when that fails (disk full), train on to a save that works, unless this was the last one.
+
+        Raises:
+            CheckpointSaveError: no later step will save.
+        """
+        try:
+            self.save_checkpoint()
+        except CheckpointSaveError as error:
+            if self.control.should_training_stop or self.state.global_step == self.state.max_steps:
+                raise
+            if distributed.is_main():
+                logger.error("%s. Training goes on, and the next save tries again.", error)
+
     def _restore(self, source: Path) -> None:
         """Continue from a verified checkpoint: engine, schedule, random generators and state."""
         assert self.engine is not None
@@ -440,6 +465,19 @@ class ORPOTrainer:
         save_pretrained(self.model, output_dir or self.args.run_dir, tokenizer=self.processing_class)
 
     # ------------------------------------------------------------------ callbacks
+
+    def _facts(self) -> dict[str, Any]:
+        """What a dashboard's config says beside the settings."""
+        assert self.engine is not None
+        dataset = self.train_dataset
+        return {
+            "dataset_fingerprint": None if dataset is None else dataset.fingerprint,
+            "train_pairs": 0 if dataset is None else len(dataset),
+            "world_size": distributed.world_size(),
+            "global_batch_size": self.args.global_batch_size,
+            "zero_stage": self.engine.deepspeed.zero_optimization_stage(),
+            "layout": "packed" if self._packed else "padded",
+        }
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Add a transformers callback."""

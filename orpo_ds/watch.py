@@ -32,8 +32,12 @@ class Watch:
         """
         self._device = device
         self._sums = MetricSums()
+        # How many random matrices the measurement draws depends on the time they take: the training's own random
+        # numbers must not, or two runs with dropout would never be the same.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            peak_flops = matmul_flops_per_second(device, dtype)
         self._clock = StepClock(
-            peak_flops=matmul_flops_per_second(device, dtype),
+            peak_flops=peak_flops,
             useful_flops=UsefulFlops(size, feed.dataset.lengths, feed.nll_on_prompt),
         )
         self._first_step = self._logged_step = 0
