@@ -4,6 +4,7 @@ Started by the `deepspeed` launcher from `vs_trl.py` and `gpu.py` with the path 
 `Result` next to it. Both sides get the same rows in the same order, the same weights, DeepSpeed JSON and optimizer.
 """
 
+import importlib
 import json
 import sys
 import tempfile
@@ -71,18 +72,16 @@ def run(task: Task) -> Result:
     """Train `task.steps` steps and measure them."""
     # Only the side that runs is imported: its modules would count in the other's memory.
     if task.side == "trl":
-        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
+        library = importlib.import_module("trl.experimental.orpo")
         keywords: dict[str, Any] = {"use_cpu": not torch.cuda.is_available()}
     else:
-        from orpo_ds import ORPOConfig, ORPOTrainer
-
+        library = importlib.import_module("orpo_ds")
         # TRL 1.16 never cuts a prompt; see `preference_rows`.
         keywords = {"layout": task.side, "max_prompt_length": task.max_length - 1}
     # TRL 1.16 cannot load a model by name under ZeRO-3: it sets a `device_map`. Made before ORPOConfig tells
     # transformers about ZeRO-3, its random weights are those that the float64 reference makes.
     model = random_model(task.shape, dtype=torch.bfloat16 if task.bf16 else torch.float32)
-    args = ORPOConfig(
+    args = library.ORPOConfig(
         output_dir=tempfile.mkdtemp(dir=Path(task.output).parent),
         per_device_train_batch_size=task.pairs,
         max_steps=task.steps,
@@ -98,7 +97,7 @@ def run(task: Task) -> Result:
         **keywords,
     )
     clock = _Clock()
-    trainer = ORPOTrainer(
+    trainer = library.ORPOTrainer(
         model=model,
         args=args,
         processing_class=AutoTokenizer.from_pretrained(task.tokenizer),

@@ -59,7 +59,7 @@ def _smollm2_135m() -> PretrainedConfig:
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=8192,
-        rope_theta=100_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
     )
 
@@ -73,7 +73,7 @@ def _qwen2_05b() -> PretrainedConfig:
         num_attention_heads=14,
         num_key_value_heads=2,
         max_position_embeddings=32_768,
-        rope_theta=1_000_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
     )
 
@@ -115,7 +115,7 @@ def preference_rows(path: Path, *, tokenizer: PreTrainedTokenizerBase, max_lengt
     with path.open() as lines:
         conversations = [json.loads(line) for line in lines]
     prompts = [
-        tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        str(tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True))
         for row in conversations
     ]
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]

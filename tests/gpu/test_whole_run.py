@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orpo_ds import ORPOConfig, ORPOTrainer
+from orpo_ds.config import LayoutName
 from tests.parity.compare import gradient_errors
 from tests.parity.orpo_side import OrpoStep, one_step, token_pairs
 from tests.parity.reference import ReferenceStep, pad_pairs, reference_step
@@ -34,7 +35,7 @@ def steps(model: PreTrainedModel, *, dtype: torch.dtype) -> tuple[OrpoStep, Orpo
     return packed, padded, reference
 
 
-def train(folder: Path, *, layout: str, seed: int) -> list[dict[str, float]]:
+def train(folder: Path, *, layout: LayoutName, seed: int) -> list[dict[str, float]]:
     """What a run of STEPS steps in bf16 under ZeRO-2 logs."""
     tokenizer = tiny_tokenizer()
     args = ORPOConfig(
@@ -81,7 +82,7 @@ def test_a_packed_step_in_bf16_is_as_exact_as_a_padded_one(family: str, seed: in
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_training_in_bf16_learns_and_leaves_a_model(layout: str, tmp_path: Path, seed: int) -> None:
+def test_training_in_bf16_learns_and_leaves_a_model(layout: LayoutName, tmp_path: Path, seed: int) -> None:
     lines = train(tmp_path, layout=layout, seed=seed)
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert lines[-1]["rewards/accuracies"] == 1.0

@@ -68,7 +68,7 @@ def one_step(
     `layout` is one of LAYOUTS. An encoder-decoder's nll counts its responses only, because the prompt is not
     predicted. The model is copied to `device` in `dtype`; the gradients come back to the CPU.
     """
-    policy = OrpoPolicy(copy.deepcopy(model).to(device, dtype), beta=beta, logits_cache_mib=0, tile_rows=7)
+    policy = OrpoPolicy(copy.deepcopy(model), beta=beta, logits_cache_mib=0, tile_rows=7).to(device, dtype)
     pad_token_id, pair_ids = model.config.pad_token_id, range(len(pairs))
     if layout == "packed":
         batch = pack(pairs, pair_ids=pair_ids, nll_on_prompt=nll_on_prompt)

@@ -17,10 +17,12 @@ TOLERANCE = 1e-5
 LOGGED = (*METRICS, "grad_norm", "learning_rate", "epoch")
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_one_step_logs_what_trl_logs(stage: int, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "stage"), [("qwen2", 0), ("qwen2", 2), ("qwen2", 3), ("mixtral", 3), ("t5", 3)]
+)
+def test_one_step_logs_what_trl_logs(family: str, stage: int, tmp_path: Path, seed: int) -> None:
     tokenizer = tiny_tokenizer()
-    model = tiny_model("qwen2", vocab_size=len(tokenizer), seed=seed)
+    model = tiny_model(family, vocab_size=len(tokenizer), seed=seed)
     trl = train_one_step(model, tokenizer=tokenizer, rows=ROWS)
 
     args = ORPOConfig(
