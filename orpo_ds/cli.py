@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(words: Sequence[str]) -> None:
     """Train a model on preference pairs."""
     script, args = parse_train_arguments(words)
-    from orpo_ds.checkpoint import CheckpointSaveError
     from orpo_ds.data.load import load_rows
-    from orpo_ds.step import NonFiniteLossError
     from orpo_ds.trainer import ORPOTrainer
 
     rows = load_rows(script.dataset_name, split=script.dataset_train_split, config_name=script.dataset_config)
@@ -79,10 +77,7 @@ def train(words: Sequence[str]) -> None:
         eval_dataset=eval_rows,
         peft_config=_adapters(script),
     )
-    try:
-        _train_and_save(trainer)
-    except (NonFiniteLossError, CheckpointSaveError) as error:
-        raise RunError(str(error)) from error
+    _train_and_save(trainer)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train}
@@ -177,17 +172,24 @@ def _set_defaults(parser: HfArgumentParser, fields: dict[str, Any], *, source: s
 
 
 def _train_and_save(trainer: ORPOTrainer) -> None:
-    """Train, and write the model even where the last checkpoint did not fit on the disk: the model is smaller."""
-    from orpo_ds.checkpoint import CheckpointSaveError
+    """Train, and write the model even where the last checkpoint did not fit on the disk: the model is smaller.
 
-    failure: CheckpointSaveError | None = None
-    try:
-        trainer.train()
-    except CheckpointSaveError as error:
-        failure = error
-    trainer.save_model()
-    if failure is not None:
-        raise failure
+    Raises:
+        RunError: the loss is not a number, or something could not be saved.
+    """
+    from orpo_ds.checkpoint import CheckpointSaveError
+    from orpo_ds.step import NonFiniteLossError
+
+    failures = []
+    for part in (trainer.train, trainer.save_model):
+        try:
+            part()
+        except CheckpointSaveError as error:
+            failures.append(str(error))
+        except NonFiniteLossError as error:
+            raise RunError(str(error)) from error
+    if failures:
+        raise RunError("\n".join(failures))
 
 
 def _merge_model_keywords(script: ScriptArguments, args: ORPOConfig) -> None:

@@ -166,10 +166,10 @@ def run_cli(words: Sequence[str], *, datasets_cache: Path) -> Answer:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets_cache)
         try:
             cli.main(words)
+            status: Any = 0
         except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            return Answer(stop.code, stderr.getvalue())
-    return Answer(0, stderr.getvalue())
+            status = stop.code
+    return Answer(status, stderr.getvalue())
 
 
 def launch(module: str, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
