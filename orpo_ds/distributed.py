@@ -6,9 +6,11 @@ of one rank) and spells the few collectives of the trainer once, so that no othe
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import socket
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -54,6 +56,15 @@ def start_process_group(*, timeout_s: int) -> None:
         timeout=datetime.timedelta(seconds=timeout_s),
         verbose=False,
     )
+    if backend == "gloo":
+        atexit.register(_remove_shared_memory)
+
+
+def _remove_shared_memory() -> None:
+    """Delete this rank's buffer of DeepSpeed's collectives over shared memory: 69 MB that it leaves behind."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def rank() -> int:
