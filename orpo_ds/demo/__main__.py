@@ -30,10 +30,10 @@ RANKS = 2
 # Held-out questions, on topics that the training pairs do not touch.
 QUESTIONS = (
     "How do I keep warm in a tent?",
-    "How many keys does a piano have?",
+    "How do I find the North Star?",
     "How do I clean a paint brush?",
 )
-ANSWER_TOKENS = 56
+ANSWER_TOKENS = 48
 FIGURES = {
     "eval_rewards/accuracies": "chosen preferred (accuracy)",
     "eval_rewards/margins": "margin of the rewards",
@@ -47,21 +47,31 @@ def main() -> None:
     started = time.monotonic()
     if not CONFIG.is_file():
         raise SystemExit(f"{CONFIG} was not found: run the demo from a checkout's root, with `make demo`.")
+    compiling = start_compiling()
     console.rule("SmolLM2-135M-Instruct")
     base = smollm2_folder()
     console.print(f"model folder: {base}")
 
     console.rule("ORPO under ZeRO-3 with CPU offload, two ranks")
     command = train_command(base)
-    console.print(shlex.join(command))
+    console.print(shlex.join(command), soft_wrap=True)
     subprocess.run(command, check=True, env=training_environment())
+    compiling.wait()
 
     trained = Path(yaml.safe_load(CONFIG.read_text())["output_dir"])
     console.rule("Before and after")
     console.print(held_out_table(trained / "metrics.jsonl"))
     console.print(answer_table(base, trained))
-    console.print(whereabouts(trained))
+    console.print(whereabouts(trained), soft_wrap=True)
     console.print(f"\n[dim]{time.monotonic() - started:.0f} s from start to end.[/dim]")
+
+
+def start_compiling() -> subprocess.Popen[bytes]:
+    """Compile DeepSpeed's C++ ops while the model is converted; the ranks wait for what is not ready by then."""
+    script = "from orpo_ds import native_ops as ops; ops.ready_for_ranks(); ops.ready(ops.CPU_ADAM)"
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def train_command(model: Path) -> list[str]:
@@ -102,7 +112,7 @@ def held_out_table(metrics: Path) -> Table:
     entries: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
     evaluations = [entry for entry in entries if "eval_loss" in entry]
     before, after = evaluations[0], evaluations[-1]
-    table = Table(title="40 held-out pairs, on topics that were not trained on", title_justify="left")
+    table = Table(title="Held-out pairs, on topics that were not trained on", title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column(f"after {after['step']} steps", justify="right")
