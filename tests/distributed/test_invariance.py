@@ -28,6 +28,7 @@ from tests.tiny_models import tiny_model
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RANKS = (1, 2, 4)
 TOLERANCE = 1e-5
+RENDEZVOUS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -40,36 +41,51 @@ class Results:
     training: list[dict[str, float]]
 
 
-@functools.cache
 def results(ranks: int) -> Results:
-    """Start the worker, once, on that many ranks: one by itself, several through the `deepspeed` launcher."""
+    """What the worker found on that many ranks; it is started once."""
     if 0 < torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks need a CUDA device each, and there are {torch.cuda.device_count()}")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        (Path(folder) / "rows.json").write_text(json.dumps(ROWS))
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    found = start_worker(ranks)
+    assert isinstance(found, Results), found
+    return found
+
+
+@functools.cache
+def start_worker(ranks: int) -> Results | str:
+    """Run the worker, one rank by itself and several under the `deepspeed` launcher.
+
+    Returns:
+        What it found, or the end of what it printed if it failed: that is kept too, instead of being tried again.
+    """
+    command = [sys.executable, "-m"]
+    if ranks > 1:
         launcher = Path(sys.executable).with_name("deepspeed")
-        start = [
-            f"{launcher}",
-            f"--num_accelerators={ranks}",
-            f"--master_port={port}",
-            "--no_local_rank",
-            "--module",
-        ]
+        command = [str(launcher), f"--num_accelerators={ranks}", f"--master_port={_free_port()}"]
+        command += ["--no_local_rank", "--module"]
+    # A trainer that an earlier test made in this process has left its own rendezvous behind.
+    environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rows.json").write_text(json.dumps(ROWS))
         finished = subprocess.run(
-            [*([sys.executable, "-m"] if ranks == 1 else start), "tests.distributed.worker", folder],
+            [*command, "tests.distributed.worker", folder],
             cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=environment | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        assert finished.returncode == 0, finished.stdout[-8000:]
+        if finished.returncode != 0:
+            return finished.stdout[-8000:]
         written = torch.load(Path(folder) / "results.pt", weights_only=True)
     steps = {name: Outcome(**fields) for name, fields in written["steps"].items()}
     return Results(steps, written["training"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 @functools.cache

@@ -23,6 +23,8 @@ from transformers import (
 )
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+# What TRL logs of a step and this project logs too. TRL's `logits/*`, a mean over all logits with those of the padding,
+# need the [T, V] logits that this project never forms.
 METRICS = (
     "loss",
     "nll_loss",
@@ -35,8 +37,6 @@ METRICS = (
     "log_odds_chosen",
     "log_odds_ratio",
 )
-"""What TRL logs of a step and this project logs too. TRL's `logits/*` (a mean over all logits, padding included) need
-the [T, V] logits that this project never forms."""
 
 
 @dataclass(frozen=True)
