@@ -230,6 +230,11 @@ class ORPOConfig(TrainingArguments):
         return Path(self.output_dir)
 
     @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the DeepSpeed JSON; 0 where it says nothing."""
+        return int(self.hf_deepspeed_config.get_value("zero_optimization.stage", 0))
+
+    @property
     def micro_batch_tokens(self) -> int | None:
         """Token budget of one micro-batch; None where neither it nor `max_length` is limited."""
         if self.max_tokens_per_micro_batch is not None:

@@ -109,6 +109,7 @@ class ORPOTrainer:
         self._optimizers = optimizers
         self.engine: Engine | None = None
         self._packed = False
+        self._owns_output_dir = False
         self.ranks = job_ranks()
         self.metrics_file = MetricsFile(self.args.run_dir)
         self.store = CheckpointStore(
@@ -157,6 +158,10 @@ class ORPOTrainer:
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to ORPOTrainer.")
+        if self._owns_output_dir:
+            raise ValueError(
+                "this trainer has trained already: make a new ORPOTrainer, with an output_dir of its own."
+            )
         args = self.args
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         source = resolve_resume(resume, args.run_dir, ranks=self.ranks) if resume else None
@@ -166,8 +171,21 @@ class ORPOTrainer:
             overwrite_output_dir=args.overwrite_output_dir,
             ranks=self.ranks,
         )
+        self._owns_output_dir = True
         self.store.clean_up()
-        batches = GlobalBatches(
+        if source is not None:
+            check_resume(source, self._metadata())  # before minutes go into an engine that cannot use it
+        self._ready_engine()
+        if source is not None:
+            self._restore(source)
+        with self._attention():
+            return self._loop()
+
+    def _batches(self) -> GlobalBatches:
+        """The global batches of the training, the same for any number of ranks."""
+        assert self.train_dataset is not None
+        args = self.args
+        return GlobalBatches(
             num_pairs=len(self.train_dataset),
             global_batch_size=args.global_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -175,16 +193,9 @@ class ORPOTrainer:
             drop_last=args.dataloader_drop_last,
             shuffle=args.train_sampling_strategy != "sequential",
         )
-        self._start_state(batches)
-        self._make_engine(self.state.max_steps)
-        if source is not None:
-            self._restore(source)
-        with self._attention():
-            return self._loop(batches)
 
-    def _loop(self, batches: GlobalBatches) -> TrainOutput:
-        state, engine = self.state, self.engine
-        assert engine is not None
+    def _loop(self) -> TrainOutput:
+        state, engine, batches = self.state, self._ready_engine(), self._batches()
         assert self.train_dataset is not None
         feed = self._feed(self.train_dataset, max_tokens=self.args.micro_batch_tokens)
         watch = Watch(
@@ -230,8 +241,7 @@ class ORPOTrainer:
             watch: what was seen since the last log.
             learning_rate: that of the step just taken.
         """
-        engine = self.engine
-        assert engine is not None
+        engine = self._ready_engine()
         if self.control.should_log or self.state.global_step == self.state.max_steps:
             self.log(
                 {
@@ -251,7 +261,9 @@ class ORPOTrainer:
         """Put figures into `metrics.jsonl`, the state's history and all dashboards."""
         entry = {"step": self.state.global_step, "epoch": self.state.epoch, **figures}
         self.state.log_history.append(entry)
-        if distributed.is_main():
+        if (
+            self._owns_output_dir and distributed.is_main()
+        ):  # an evaluation before train() may not be a run here
             self.metrics_file.append(entry)
         self._event("on_log", logs={"epoch": self.state.epoch, **figures})
 
@@ -280,16 +292,25 @@ class ORPOTrainer:
         state.train_batch_size = args.per_device_train_batch_size
         state.compute_steps(args, state.max_steps)
 
-    def _make_engine(self, total_steps: int) -> None:
-        """Wrap the model under DeepSpeed and find out, once, whether packed rows are exact on it."""
+    def _ready_engine(self) -> Engine:
+        """The engine; at first use, wrap the model under DeepSpeed and find out whether packed rows are exact on it."""
+        if self.engine is not None:
+            return self.engine
+        if self.train_dataset is not None:
+            self._start_state(self._batches())
         optimizer, scheduler = self._optimizers
         self.engine = build_engine(
-            self.policy, args=self.args, total_steps=total_steps, optimizer=optimizer, scheduler=scheduler
+            self.policy,
+            args=self.args,
+            total_steps=max(self.state.max_steps, 1),  # without training rows there is only an evaluation
+            optimizer=optimizer,
+            scheduler=scheduler,
         )
         check_engine(self.engine.deepspeed)
         self._packed = self._choose_packed()
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler = self.engine.optimizer, self.engine.scheduler
+        return self.engine
 
     def _choose_packed(self) -> bool:
         """Whether this run packs; proved on a short pair of the user's own data, on the user's own model."""
@@ -353,14 +374,13 @@ class ORPOTrainer:
 
     def _metadata(self) -> CheckpointMetadata:
         """What a checkpoint says about the run, and what a resume compares."""
-        assert self.engine is not None
         assert self.train_dataset is not None
         return CheckpointMetadata(
             step=self.state.global_step,
             epoch=float(self.state.epoch),
             seed=self.args.seed,
             world_size=distributed.world_size(),
-            zero_stage=self.engine.deepspeed.zero_optimization_stage(),
+            zero_stage=self.args.zero_stage,
             global_batch_size=self.args.global_batch_size,
             dataset_fingerprint=self.train_dataset.fingerprint,
             config=redact(self.args.to_dict()),
@@ -399,9 +419,8 @@ class ORPOTrainer:
 
     def _restore(self, source: Path) -> None:
         """Continue from a verified checkpoint: engine, schedule, random generators and state."""
-        assert self.engine is not None
-        check_resume(source, self._metadata())
-        load_engine(self.engine.deepspeed, source, scheduler=self.engine.scheduler)
+        engine = self._ready_engine()
+        load_engine(engine.deepspeed, source, scheduler=engine.scheduler)
         load_rank_state(source, self.ranks)
         saved = TrainerState.load_from_json(str(source / TRAINER_STATE))
         saved.is_local_process_zero = self.state.is_local_process_zero
@@ -436,16 +455,14 @@ class ORPOTrainer:
             raise ValueError(
                 "there is nothing to evaluate: pass eval_dataset to ORPOTrainer or to evaluate()."
             )
-        if self.engine is None:
-            self._make_engine(total_steps=1)
-        assert self.engine is not None
+        engine = self._ready_engine()
         figures: dict[str, float] = {}
         for name, dataset in datasets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             feed = self._feed(dataset, max_tokens=self._eval_tokens())
             with self._attention():
                 found = evaluate(
-                    self.engine,
+                    engine,
                     feed,
                     batch_size=self.args.per_device_eval_batch_size * distributed.world_size(),
                     beta=self.args.beta,
@@ -468,14 +485,13 @@ class ORPOTrainer:
 
     def _facts(self) -> dict[str, Any]:
         """What a dashboard's config says beside the settings."""
-        assert self.engine is not None
         dataset = self.train_dataset
         return {
             "dataset_fingerprint": None if dataset is None else dataset.fingerprint,
             "train_pairs": 0 if dataset is None else len(dataset),
             "world_size": distributed.world_size(),
             "global_batch_size": self.args.global_batch_size,
-            "zero_stage": self.engine.deepspeed.zero_optimization_stage(),
+            "zero_stage": self.args.zero_stage,
             "layout": "packed" if self._packed else "padded",
         }
 
