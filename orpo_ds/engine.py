@@ -70,6 +70,10 @@ def build_engine(
         model=policy, optimizer=optimizer, model_parameters=trainable, config=config
     )
     inner = wrapped.basic_optimizer
+    if stage == 0 and (wrapped.fp16_enabled() or wrapped.bfloat16_enabled()):
+        # DeepSpeed allocates the state here by a step of zero gradients, which Adam's bias correction would count: the
+        # first updates would be a quarter smaller than under every other stage.
+        inner.state.clear()
     if scheduler is None:
         scheduler = json_scheduler if "scheduler" in config else make_scheduler(inner, args, total_steps)
     # The trainer steps the schedule itself, so that schedules that look at a metric work as well.

@@ -27,6 +27,7 @@ from tests.parity.tokenizer import tiny_tokenizer
 from tests.tiny_models import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SPARE_IDS = 5
 LAUNCH_TIMEOUT_S = 420  # of a whole script on two ranks, however busy the machine is
 
 
@@ -54,8 +55,8 @@ def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def model_of(family: str = "qwen2", *, seed: int = 0) -> PreTrainedModel:
-    """A tiny model with one embedding for each id of `tiny_tokenizer`."""
-    return tiny_model(family, vocab_size=len(tiny_tokenizer()), seed=seed)
+    """A tiny model with an embedding for each id of `tiny_tokenizer` and, as real ones, a few to spare."""
+    return tiny_model(family, vocab_size=len(tiny_tokenizer()) + SPARE_IDS, seed=seed)
 
 
 def save_model_folder(folder: Path, family: str = "qwen2", **config: Any) -> str:

@@ -1,0 +1,126 @@
+"""What only several ranks can show of the trainer, in one start of two ranks under ZeRO-3.
+
+    deepspeed --num_accelerators 2 --module tests.trainer_worker FOLDER
+
+FOLDER holds `model`. Each part trains into FOLDER/<part>; what was seen goes to FOLDER/results.pt, by part.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orpo_ds import ORPOConfig, ORPOTrainer, distributed
+from orpo_ds.export import full_state
+from tests import small_runs
+
+TRAINED_STEPS = 3
+EVAL_PAIRS = 11
+BATCH_SIZES = (1, 3, 8)
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "max_steps": TRAINED_STEPS,
+    # Adam would blow a gradient that is nothing but rounding up to the size of a real one.
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "deepspeed": "zero3",
+}
+
+
+def quick_start(folder: Path) -> dict[str, Any]:
+    """TRL's quick start, line by line: the model is an object that was loaded before anything knew of ZeRO-3."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    train_dataset = small_runs.dataset(8)
+    training_args: ORPOConfig = small_runs.settings(folder / "quick_start", **SETTINGS)
+    trainer = ORPOTrainer(
+        model=model, args=training_args, processing_class=tokenizer, train_dataset=train_dataset
+    )
+    trainer.train()
+    return {"parameters": full_state(trainer.model), "history": trainer.state.log_history}
+
+
+def by_name(folder: Path) -> dict[str, Any]:
+    """The model by its folder's name: `from_pretrained` under zero.Init."""
+    trainer = ORPOTrainer(
+        str(folder / "model"),
+        small_runs.settings(folder / "by_name", **SETTINGS),
+        train_dataset=small_runs.dataset(8),
+    )
+    held = [value.numel() for value in trainer.model.parameters()]
+    trainer.train()
+    trainer.save_model()
+    return {
+        "parameters": full_state(trainer.model),
+        "history": trainer.state.log_history,
+        "elements_before_the_engine": sum(held),
+    }
+
+
+def evaluations(folder: Path) -> dict[str, Any]:
+    """The same set in rounds of several sizes, none of which divides it evenly over two ranks."""
+    found = {}
+    for batch_size in BATCH_SIZES:
+        trainer = small_runs.trainer(
+            folder / f"evaluation-{batch_size}",
+            model=str(folder / "model"),
+            train_dataset=None,
+            eval_dataset=small_runs.dataset(EVAL_PAIRS),
+            per_device_eval_batch_size=batch_size,
+            max_tokens_per_micro_batch=130,
+            deepspeed="zero3",
+        )
+        found[batch_size] = trainer.evaluate()
+    return found
+
+
+def adapters(folder: Path) -> dict[str, Any]:
+    """LoRA: what is frozen stays, and its head never has a gradient."""
+    trainer = small_runs.trainer(
+        folder / "adapters",
+        model=str(folder / "model"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+        **SETTINGS | {"learning_rate": 0.5},
+    )
+    head = trainer.policy.parts.head.weight
+    gradients: list[Any] = []
+    trainer.policy.head.register_full_backward_hook(lambda *_: gradients.append(head.grad))
+    before = full_state(trainer.model)
+    trainer.train()
+    trainer.save_model()
+    after = full_state(trainer.model)
+    whole = trainer.model.get_base_model()
+    return {
+        "before": before,
+        "after": after,
+        "head_trains": head.requires_grad,
+        "head_gradients": [gradient is not None for gradient in gradients],
+        "base": full_state(whole),
+        "history": trainer.state.log_history,
+    }
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "quick_start": quick_start,
+    "by_name": by_name,
+    "evaluations": evaluations,
+    "adapters": adapters,
+}
+
+
+def main(folder: Path) -> None:
+    """See the module."""
+    distributed.start_process_group(timeout_s=120)
+    results = {name: part(folder) for name, part in PARTS.items()}
+    results["model_steps_of_all_ranks"] = distributed.gather_objects(results["by_name"]["history"])
+    if distributed.is_main():
+        torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))
