@@ -31,6 +31,7 @@ TEST = [
     "tiktoken>=0.12",
     "trl==1.16.0",  # the other side of tests/parity and benchmarks/vs_trl.py
     "types-PyYAML",
+    "types-tqdm",
     "wheel>=0.45",
 ]
 
