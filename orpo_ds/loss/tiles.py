@@ -19,12 +19,12 @@ from torch import Tensor
 
 MIB = 2**20
 
-# Measured by `benchmarks/head.py --tune`. On a CPU a tile should stay in the last-level cache between the
-# product that writes it, the exp() that reads it and the products that use it. On a GPU no cache holds a tile
-# that fills the device: there it is sized for large products and few kernels. (The GPU's figures are a plan;
-# no GPU has run them.)
-_TILE_ROWS = {"cpu": 2048, "cuda": 8192}
-_TILE_BYTES = {"cpu": 8 * MIB, "cuda": 256 * MIB}
+# `benchmarks/head.py --tune` compares shapes. On a CPU a tile should stay in the last-level cache between the
+# product that writes it, the exp() that reads it and the products that use it; from 1024 x 1024 to 2048 x 2048
+# the head runs at the same speed, so the smallest is taken. On a GPU no cache holds a tile that fills the device:
+# there it is sized for large products and few kernels (a plan: no GPU has run it yet).
+_TILE_ROWS = {"cpu": 1024, "cuda": 8192}
+_TILE_BYTES = {"cpu": 4 * MIB, "cuda": 256 * MIB}
 _COLUMN_MULTIPLE = 64  # 256 bytes of fp32: whole cache lines and whole vector registers
 
 

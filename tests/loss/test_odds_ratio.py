@@ -204,7 +204,7 @@ def test_empty_micro_batch_has_loss_zero_and_a_graph(rows: int) -> None:
     empty = Rows(logps, torch.zeros(rows, dtype=torch.bool), no_pair, no_pair, none, none)
     result = orpo_loss(**empty.arguments(), beta=0.1, nll_tokens_total=10, pairs_total=2)
     result.loss.backward()
-    assert float(result.loss) == 0
+    assert result.loss.item() == 0
     assert torch.equal(logps.grad, torch.zeros(rows))
     assert not any(value.any() for value in result.sums.values())
     assert result.chosen_logps.shape == result.rejected_logps.shape == (0,)

@@ -93,6 +93,28 @@ def test_half_precision_inputs_are_computed_in_fp32(dtype: torch.dtype, tiles: d
     assert ((gradients["hidden"].double() - expected_gradients["hidden"]).abs() <= allowed[:, None]).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tiles", TILES)
+def test_half_precision_products_on_a_gpu(dtype: torch.dtype, tiles: dict) -> None:
+    """Operands are half, sums fp32: log-probs as exact as on a CPU, and D and g h rounded before dW and dh."""
+    problem = make_problem(bias=True, dtype=dtype)
+    expected, expected_gradients = float64_reference(problem)
+    bounds, unit = fp32_bounds(problem), torch.finfo(dtype).eps / 2
+    total = problem.grad.abs().sum()
+    largest = {name: tensor.detach().abs().max() for name, tensor in problem.tensors.items()}
+    rounded = {"hidden": 6 * largest["weight"], "weight": 6 * largest["hidden"], "bias": 2}
+    for name in ("hidden", "weight", "bias"):
+        setattr(problem, name, problem.tensors[name].detach().cuda().requires_grad_())
+    for name in ("index", "label", "grad"):
+        setattr(problem, name, getattr(problem, name).cuda())
+    logps, gradients = run(problem, **tiles)
+    torch.testing.assert_close(logps.double().cpu(), expected, rtol=0, atol=bounds["logps"])
+    for name, gradient in gradients.items():
+        allowed = bounds[name] + float(unit * total * rounded[name])
+        torch.testing.assert_close(gradient.double().cpu(), expected_gradients[name], rtol=0, atol=allowed)
+
+
 def test_mixed_dtypes_compute_in_the_wider() -> None:
     problem = make_problem(bias=True)
     problem.hidden = problem.hidden.detach().bfloat16().requires_grad_()
