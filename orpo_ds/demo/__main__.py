@@ -55,8 +55,10 @@ def main() -> None:
     console.rule("ORPO under ZeRO-3 with CPU offload, two ranks")
     command = train_command(base)
     console.print(shlex.join(command), soft_wrap=True)
-    subprocess.run(command, check=True, env=training_environment())
+    status = subprocess.run(command, check=False, env=training_environment()).returncode
     compiling.wait()
+    if status != 0:
+        raise SystemExit(f"The training ended with status {status}; what went wrong stands above.")
 
     trained = Path(yaml.safe_load(CONFIG.read_text())["output_dir"])
     console.rule("Before and after")
@@ -134,7 +136,7 @@ def answer_table(base: Path, trained: Path) -> Table:
 
 def whereabouts(trained: Path) -> str:
     """Where everything lies, and how to go on."""
-    runs = sorted(Path("wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    runs = sorted((trained / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
     dashboard = f"{runs[-1]}   (wandb sync sends it to your account)" if runs else "on your W&B account"
     return "\n".join(
         [
