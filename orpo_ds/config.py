@@ -210,6 +210,22 @@ class ORPOConfig(TrainingArguments):
         self.bf16, self.bf16_full_eval = bf16, bf16_full_eval
         if self.fp16 and self.bf16:
             raise ValueError("fp16=True and bf16=True exclude each other: set one of them.")
+        if self.fp16:
+            self._check_fp16()
+
+    def _check_fp16(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            raise ValueError(
+                "fp16=True: DeepSpeed does not compute in fp16 on this device. Set bf16=True, or neither for fp32."
+            )
+        if self.deepspeed_settings.get("zero_optimization", {}).get("stage", 0) == 0:
+            # DeepSpeed 0.19's engine.backward scales the loss for its ZeRO optimizers only.
+            raise ValueError(
+                "fp16=True needs a zero_optimization.stage of 1 to 3 in the DeepSpeed JSON: at stage 0 DeepSpeed "
+                "divides the gradient by a scale that the loss never had. zero1 needs no more memory or time."
+            )
 
     @property
     def model_keywords(self) -> dict[str, Any]:

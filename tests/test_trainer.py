@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, get_scheduler
@@ -15,11 +16,11 @@ from orpo_ds import ORPOTrainer
 from orpo_ds.export import full_state
 from orpo_ds.monitor.jsonl import read_metrics
 from tests import small_runs
-from tests.parity.compare import metric_errors
 from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import pad_pairs, reference_step
 from tests.parity.tokenizer import tiny_tokenizer
-from tests.trainer_worker import BATCH_SIZES, EVAL_PAIRS, LORA, TRAINED_STEPS
+from tests.test_evaluation import evaluation_errors
+from tests.trainer_worker import BATCH_SIZES, LORA, TRAINED_STEPS
 from tests.trainer_worker import SETTINGS as WORKER_SETTINGS
 
 TOLERANCE = 1e-5  # fp32 sums in another order, against float64
@@ -143,58 +144,6 @@ class TestTwoRanks:
         trained = seen["adapters"]["after"]
         assert loaded.keys() == trained.keys()
         assert all(torch.equal(trained[name], value) for name, value in loaded.items())
-
-
-# ---------------------------------------------------------------------- evaluation
-
-
-def evaluation_errors(found: Mapping[str, float]) -> dict[str, float]:
-    """Errors of `eval_` metrics of this file's evaluation set, against float64 and one padded batch."""
-    tokenizer = tiny_tokenizer()
-    pairs = token_pairs(small_runs.rows(EVAL_PAIRS), tokenizer=tokenizer)
-    padded = pad_pairs(pairs, pad_token_id=tokenizer.pad_token_id)
-    exact = reference_step(small_runs.model_of(), padded, beta=0.1)
-    plain = {name.removeprefix("eval_"): value for name, value in found.items()}
-    return metric_errors(plain, {**exact.metrics, "loss": exact.loss})
-
-
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_evaluation_is_exact_on_one_rank(tmp_path: Path, batch_size: int, layout: str) -> None:
-    trainer = small_runs.trainer(
-        tmp_path / "run",
-        eval_dataset=small_runs.dataset(EVAL_PAIRS),
-        train_dataset=None,
-        per_device_eval_batch_size=batch_size,
-        layout=layout,
-    )
-    found = trainer.evaluate()
-    assert max(evaluation_errors(found).values()) <= TOLERANCE
-    assert trainer.state.log_history == [{"step": 0, "epoch": 0, **found}]
-
-
-def test_several_evaluation_sets_have_names_of_their_own(tmp_path: Path) -> None:
-    sets = {"short": small_runs.dataset(3), "long": small_runs.dataset(EVAL_PAIRS)}
-    trainer = small_runs.trainer(tmp_path / "run", eval_dataset=sets)
-    found = trainer.evaluate()
-    assert found["eval_short_loss"] != found["eval_long_loss"]
-    alone = trainer.evaluate(small_runs.dataset(3), metric_key_prefix="test")
-    assert alone["test_loss"] == found["eval_short_loss"]
-
-
-def test_evaluation_changes_nothing_of_the_training(tmp_path: Path) -> None:
-    states = []
-    for strategy in ("no", "steps"):
-        trainer = small_runs.trainer(
-            tmp_path / strategy,
-            eval_dataset=small_runs.dataset(3),
-            eval_strategy=strategy,
-            eval_steps=1,
-            max_steps=3,
-        )
-        trainer.train()
-        states.append(parameters(trainer))
-    assert largest_difference(*states) == 0.0
 
 
 def test_nothing_to_evaluate_or_train_on(tmp_path: Path) -> None:
@@ -532,6 +481,49 @@ def test_bf16_is_close_to_fp32(tmp_path: Path, stage: int) -> None:
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=2**-6)
         assert rounded["loss"] != exact["loss"]
         assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+
+
+@pytest.fixture
+def fp16_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed offers fp16 on few CPUs, because it is slow there; torch computes it on all of them."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+
+
+@pytest.mark.usefixtures("fp16_anywhere")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_finds_its_loss_scale(tmp_path: Path, stage: int) -> None:
+    """A scale that is too large overflows: the step is skipped and counted, the schedule waits, the scale halves."""
+    exact = small_runs.trainer(tmp_path / "fp32", max_steps=1)
+    exact.train()
+    trainer = small_runs.trainer(
+        tmp_path / "fp16",
+        model=small_runs.model_of().half(),
+        fp16=True,
+        max_steps=6,
+        deepspeed={
+            "zero_optimization": {"stage": stage},
+            "fp16": {"enabled": "auto", "initial_scale_power": 20, "hysteresis": 1},
+        },
+    )
+    trainer.train()
+    lines = trainer.state.log_history
+    # fp16 keeps 11 bits; a loss is a mean over hundreds of tokens, each within a few roundings.
+    assert lines[0]["loss"] == pytest.approx(exact.state.log_history[0]["loss"], rel=2**-8)
+    skipped = lines[-1]["skipped_steps"]
+    assert 1 <= skipped < 5, "the test wants both kinds of steps"
+    assert [line["skipped_steps"] for line in lines] == [min(step, skipped) for step in range(1, 7)]
+    assert [math.isinf(line["grad_norm"]) for line in lines] == [step <= skipped for step in range(1, 7)]
+    taken = [line["learning_rate"] for line in lines[skipped:]]
+    assert {line["learning_rate"] for line in lines[: skipped + 1]} == {1e-3}
+    assert taken == pytest.approx([1e-3 * (1 - step / 6) for step in range(6 - skipped)])
+    assert lines[skipped]["grad_norm"] == pytest.approx(exact.state.log_history[0]["grad_norm"], rel=0.5)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.usefixtures("fp16_anywhere")
+def test_fp16_needs_zero(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fp16=True needs a zero_optimization\.stage of 1 to 3"):
+        small_runs.settings(tmp_path / "run", fp16=True, deepspeed="zero0")
 
 
 def test_lora_on_one_rank_trains_the_adapters_alone(tmp_path: Path) -> None:
