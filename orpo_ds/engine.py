@@ -180,6 +180,16 @@ def keep_plain_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
     return False
 
 
+def release_gathered(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give back the parameters that ZeRO-3 has gathered, or has begun to.
+
+    It prefetches along the order of modules that it has recorded. After an evaluation, which has no backward pass, the
+    first parameters of that pass are still in flight, and whoever gathers them by hand meets an assertion.
+    """
+    if engine.zero_optimization_partition_weights():
+        engine.empty_partition_cache()
+
+
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
     """Norm of the global gradient before clipping; None where the DeepSpeed JSON forbids to compute it."""
     norm = engine.get_global_grad_norm()

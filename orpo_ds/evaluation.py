@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from orpo_ds import distributed
 from orpo_ds.data.feed import Feed
-from orpo_ds.engine import Engine
+from orpo_ds.engine import Engine, release_gathered
 from orpo_ds.monitor.metrics import MetricSums, mean_metrics
 
 
@@ -57,6 +57,7 @@ def evaluate(
             del found["loss"]  # a share of this round's loss; that of the dataset follows from the sums
             sums.add_micro_batch(found, batch)
     engine.deepspeed.train()
+    release_gathered(engine.deepspeed)
     means = mean_metrics(sums.reduce(distributed.sum_over_ranks), steps=len(rounds))
     seconds = time.perf_counter() - started
     loss = means["nll_loss"] - beta * means["log_odds_ratio"] + aux_coefficient * means.get("aux_loss", 0.0)

@@ -47,7 +47,7 @@ from orpo_ds.data.feed import Feed, Layout
 from orpo_ds.data.packing import pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
 from orpo_ds.data.tokenize import TokenDataset
-from orpo_ds.engine import Engine, build_engine, gradient_norm
+from orpo_ds.engine import Engine, build_engine, gradient_norm, release_gathered
 from orpo_ds.evaluation import evaluate
 from orpo_ds.export import save_pretrained
 from orpo_ds.model.attention import packed_attention_enabled
@@ -479,6 +479,8 @@ class ORPOTrainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the model as a Hugging Face folder, by default into `output_dir`. All ranks call it."""
+        if self.engine is not None:
+            release_gathered(self.engine.deepspeed)
         save_pretrained(self.model, output_dir or self.args.run_dir, tokenizer=self.processing_class)
 
     # ------------------------------------------------------------------ callbacks
