@@ -160,15 +160,16 @@ def _take_config(words: list[str]) -> str | None:
 
 def _set_defaults(parser: HfArgumentParser, fields: dict[str, Any], *, source: str) -> None:
     """Make the file's values the defaults of the flags; argparse converts strings (`1e-5`) by the field's type."""
-    actions = {action.dest: action for action in parser._actions}
     for name, value in fields.items():
-        action = actions.get(name)
-        if action is None:
-            raise ValueError(f"{source}: unknown field {name!r}.{_nearest(name, actions)}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and action.type is not None:
-            value = str(value)
-        action.default = value
-        action.required = False
+        # A switch that is on by default is two actions: --disable_dropout and --no_disable_dropout.
+        actions = [action for action in parser._actions if action.dest == name]
+        if not actions:
+            known = {action.dest for action in parser._actions}
+            raise ValueError(f"{source}: unknown field {name!r}.{_nearest(name, known)}")
+        for action in actions:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            action.default = str(value) if is_number and action.type is not None else value
+            action.required = False
 
 
 def _train_and_save(trainer: ORPOTrainer) -> None:

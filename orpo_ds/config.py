@@ -22,6 +22,7 @@ from orpo_ds.shipped import shipped_folder
 
 PRESETS = shipped_folder("ds_configs")
 DEFAULT_PRESET = "zero2.json"
+NO_ZERO = {"zero_optimization": {"stage": 0}}  # what DeepSpeed does with a JSON that does not speak of ZeRO
 
 LayoutName = Literal["auto", "packed", "padded"]
 UnusableRows = Literal["error", "drop"]
@@ -306,7 +307,7 @@ def read_deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]
         ValueError: no such file or preset, or not a JSON object.
     """
     if isinstance(source, dict):
-        return json.loads(json.dumps(source))
+        return {**NO_ZERO, **json.loads(json.dumps(source))}
     path = _find_preset(DEFAULT_PRESET if source is None else source)
     try:
         config = json.loads(path.read_text())
@@ -316,7 +317,7 @@ def read_deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]
         raise ValueError(
             f"{path}: expected a JSON object of DeepSpeed settings, found {type(config).__name__}."
         )
-    return config
+    return {**NO_ZERO, **config}
 
 
 def _find_preset(source: str) -> Path:

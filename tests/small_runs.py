@@ -173,11 +173,23 @@ def run_cli(words: Sequence[str], *, datasets_cache: Path) -> Answer:
     return Answer(status, stderr.getvalue())
 
 
-def launch(module: str, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(
+    module: str, *words: str, ranks: int = 2, cache: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a module on several ranks through the real `deepspeed` launcher, and wait for it.
 
-    The output of all ranks is in `stdout`; the exit status is for the caller to judge.
+    Args:
+        module: what `python -m` would run.
+        words: its arguments.
+        ranks: processes.
+        cache: folder for what `datasets` reads; by default the user's own.
+
+    Returns:
+        The output of all ranks in `stdout`; the exit status is for the caller to judge.
     """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if cache is not None:
+        environment["HF_DATASETS_CACHE"] = str(cache)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -192,7 +204,7 @@ def launch(module: str, *words: str, ranks: int = 2) -> subprocess.CompletedProc
             *words,
         ],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
