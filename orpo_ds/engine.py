@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, get_scheduler
+from transformers.optimization import GreedyLR
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.training_args import OptimizerNames
 
@@ -158,6 +159,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: ORPOConfig, total_ste
         num_training_steps=total_steps,
         scheduler_specific_kwargs=keywords,
     )
+
+
+def follows_metric(scheduler: Any) -> bool:
+    """Whether a schedule moves with an evaluation's result, and not with each step."""
+    return isinstance(scheduler, ReduceLROnPlateau | GreedyLR)
 
 
 def keep_plain_norm(engine: deepspeed.DeepSpeedEngine) -> bool:

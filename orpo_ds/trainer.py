@@ -47,7 +47,7 @@ from orpo_ds.data.feed import Feed, Layout
 from orpo_ds.data.packing import pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
 from orpo_ds.data.tokenize import TokenDataset
-from orpo_ds.engine import Engine, build_engine, gradient_norm, release_gathered
+from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
 from orpo_ds.evaluation import evaluate
 from orpo_ds.export import save_pretrained
 from orpo_ds.model.attention import packed_attention_enabled
@@ -216,9 +216,9 @@ class ORPOTrainer:
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
             learning_rate = engine.optimizer.param_groups[0]["lr"]
-            if outcome.applied:
+            if outcome.applied and not follows_metric(engine.scheduler):
                 engine.scheduler.step()
-            elif distributed.is_main():
+            elif not outcome.applied and distributed.is_main():
                 logger.warning("step %d: no update, its gradient is not finite", state.global_step + 1)
             watch.end_step(outcome, pairs=plan.pairs)
             state.global_step += 1
@@ -253,9 +253,21 @@ class ORPOTrainer:
             )
         with watch.paused():
             if self.control.should_evaluate:
-                self.evaluate()
+                found = self.evaluate()
+                if follows_metric(engine.scheduler):
+                    engine.scheduler.step(self._followed_metric(found))
             if self.control.should_save:
                 self._save_or_go_on()
+
+    def _followed_metric(self, found: dict[str, float]) -> float:
+        """What `metric_for_best_model` (by default the loss) came to in an evaluation."""
+        name = self.args.metric_for_best_model or "loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in found:
+            raise ValueError(
+                f"metric_for_best_model={name!r} was not evaluated. There is: {', '.join(found)}."
+            )
+        return found[name]
 
     def log(self, figures: dict[str, Any]) -> None:
         """Put figures into `metrics.jsonl`, the state's history and all dashboards."""

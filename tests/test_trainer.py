@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from orpo_ds import ORPOTrainer
 from orpo_ds.export import full_state
@@ -361,6 +362,54 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, stage: int) -> N
         trainer.train()
         states.append(parameters(trainer))
     assert largest_difference(*states) <= TOLERANCE
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
+    "reduce_lr_on_plateau": {"patience": 0, "threshold": 0.5},
+    "cosine_with_min_lr": {"min_lr": 1e-4},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-4},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+    "greedy": {"patience": 1},
+}
+
+
+def test_every_schedule_is_listed() -> None:
+    assert {kind.value for kind in SchedulerType} == SCHEDULES.keys()
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    """Against the schedule itself, stepped by hand; those that look at a metric move after each evaluation."""
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        eval_dataset=small_runs.dataset(3),
+        eval_strategy="steps",
+        eval_steps=1,
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs=SCHEDULES[kind],
+        warmup_steps=2,
+        max_steps=6,
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = get_scheduler(
+        kind, optimizer, num_warmup_steps=2, num_training_steps=6, scheduler_specific_kwargs=SCHEDULES[kind]
+    )
+    expected = []
+    for line in (line for line in history if "eval_loss" in line):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step(*([line["eval_loss"]] if kind in ("reduce_lr_on_plateau", "greedy") else []))
+    assert [line["learning_rate"] for line in history if "learning_rate" in line] == expected
+    assert len(set(expected)) > 1 or kind == "constant"
 
 
 @pytest.mark.parametrize(
