@@ -45,6 +45,7 @@ def main() -> None:
     """Convert, train, compare; at most a few minutes on two cores."""
     console = Console(highlight=False)
     started = time.monotonic()
+    torch.set_num_threads(threads())
     if not CONFIG.is_file():
         raise SystemExit(f"{CONFIG} was not found: run the demo from a checkout's root, with `make demo`.")
     compiling = start_compiling()
@@ -103,10 +104,14 @@ def training_environment() -> dict[str, str]:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed calls collectives by names that torch is renaming
     }
-    threads = max(1, (os.cpu_count() or 1) // RANKS)
     # DeepSpeed compiles its CPU optimizer with the ninja that was installed beside this Python.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**defaults, "OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path}
+    return {**defaults, "OMP_NUM_THREADS": str(threads()), **os.environ, "PATH": path}
+
+
+def threads() -> int:
+    """Threads of one process: a rank's share of the cores, which leaves one for whatever else runs."""
+    return max(1, (os.cpu_count() or 1) // RANKS)
 
 
 def held_out_table(metrics: Path) -> Table:
