@@ -24,6 +24,23 @@ PRESETS = shipped_folder("ds_configs")
 DEFAULT_PRESET = "zero2.json"
 NO_ZERO = {"zero_optimization": {"stage": 0}}  # what DeepSpeed does with a JSON that does not speak of ZeRO
 
+# What transformers' Trainer would do and this one does not; all of them are off by default.
+NOT_OFFERED = (
+    "auto_find_batch_size",
+    "enable_jit_checkpoint",
+    "fsdp",
+    "ignore_data_skip",
+    "label_smoothing_factor",
+    "load_best_model_at_end",
+    "neftune_noise_alpha",
+    "parallelism_config",
+    "push_to_hub",
+    "save_only_model",
+    "torch_compile",
+    "torch_empty_cache_steps",
+    "use_liger_kernel",
+)
+
 LayoutName = Literal["auto", "packed", "padded"]
 UnusableRows = Literal["error", "drop"]
 
@@ -177,6 +194,15 @@ class ORPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        for name in NOT_OFFERED:
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: orpo_ds does not do that, and will not pretend to. Leave it out."
+                )
+        if self.save_strategy == "best":
+            raise ValueError(
+                "save_strategy='best': orpo_ds saves by steps or by epochs. Use one of them, or 'no'."
+            )
         if self.logits_cache_mib < 0:
             raise ValueError(f"logits_cache_mib={self.logits_cache_mib} must not be negative.")
         if self.beta < 0:
@@ -227,6 +253,22 @@ class ORPOConfig(TrainingArguments):
                 "fp16=True needs a zero_optimization.stage of 1 to 3 in the DeepSpeed JSON: at stage 0 DeepSpeed "
                 "divides the gradient by a scale that the loss never had. zero1 needs no more memory or time."
             )
+
+    # accelerate takes a job without GPUs for a single process; the process group knows better.
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return distributed.world_size()
+
+    @property
+    def process_index(self) -> int:
+        """Number of this rank in the job."""
+        return distributed.rank()
+
+    @property
+    def local_process_index(self) -> int:
+        """Number of this rank on its host."""
+        return distributed.local_rank()
 
     @property
     def model_keywords(self) -> dict[str, Any]:

@@ -45,9 +45,14 @@ def test_defaults_are_trls() -> None:
         ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
         ({"unusable_rows": "ignore"}, "unusable_rows='ignore'"),
         ({"fp16": True, "bf16": True}, "exclude each other"),
+        # What would otherwise be passed over in silence.
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True: orpo_ds does not do that"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"save_strategy": "best"}, "save_strategy='best'"),
     ],
 )
-def test_values_out_of_range(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_values_that_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         settings(tmp_path, **changes)
     assert message in str(raised.value)

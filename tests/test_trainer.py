@@ -91,6 +91,11 @@ class TestTwoRanks:
         # What zero.Init has partitioned is an empty tensor until it is gathered.
         assert seen["by_name"]["elements_before_the_engine"] == 0
 
+    def test_each_rank_knows_its_place_and_one_reports(self, seen: dict[str, Any]) -> None:
+        # accelerate calls every rank of a CPU job the only one: two W&B runs came of it.
+        assert seen["quick_start"]["places"] == [(2, 0, 0), (2, 1, 1)]
+        assert seen["quick_start"]["reporters"] == [1, 0]
+
     def test_by_name_or_by_object_is_the_same_training(self, seen: dict[str, Any]) -> None:
         named, loaded = seen["by_name"], seen["quick_start"]
         assert largest_difference(named["parameters"], loaded["parameters"]) == 0.0
@@ -135,6 +140,14 @@ class TestTwoRanks:
         base = {name.replace(".base_layer", ""): value for name, value in part["base"].items()}
         frozen = {name: value for name, value in base.items() if "lora_" not in name}
         assert all(torch.equal(value, fresh[name]) for name, value in frozen.items())
+
+    def test_all_ranks_end_alike_when_the_loss_turns_nan(
+        self, seen: dict[str, Any], worker_folder: Path
+    ) -> None:
+        first, second = seen["blow_up"]["messages"]
+        assert first == second
+        assert "the loss is nan at step 2" in first
+        assert f"the last good checkpoint is {worker_folder / 'blow_up' / 'checkpoint-1'}" in first
 
     def test_adapters_are_saved_alone_and_load(self, seen: dict[str, Any], worker_folder: Path) -> None:
         folder = worker_folder / "adapters"

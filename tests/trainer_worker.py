@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ds import ORPOConfig, ORPOTrainer, distributed
 from orpo_ds.export import full_state
+from orpo_ds.monitor.report import reporting_callbacks
+from orpo_ds.step import NonFiniteLossError
 from tests import small_runs
 
 TRAINED_STEPS = 3
@@ -37,12 +39,20 @@ def quick_start(folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     train_dataset = small_runs.dataset(8)
-    training_args: ORPOConfig = small_runs.settings(folder / "quick_start", **SETTINGS)
+    training_args: ORPOConfig = small_runs.settings(folder / "quick_start", **SETTINGS | {"report_to": "wandb"})
     trainer = ORPOTrainer(
         model=model, args=training_args, processing_class=tokenizer, train_dataset=train_dataset
     )
     trainer.train()
-    return {"parameters": full_state(trainer.model), "history": trainer.state.log_history}
+    place = (training_args.world_size, training_args.process_index, training_args.local_process_index)
+    return {
+        "parameters": full_state(trainer.model),
+        "history": trainer.state.log_history,
+        "places": distributed.gather_objects(place),
+        "reporters": distributed.gather_objects(
+            len(reporting_callbacks(training_args, output_dir=str(folder), facts=dict))
+        ),
+    }
 
 
 def by_name(folder: Path) -> dict[str, Any]:
@@ -105,11 +115,24 @@ def adapters(folder: Path) -> dict[str, Any]:
     }
 
 
+def blow_up(folder: Path) -> dict[str, Any]:
+    """A learning rate that makes the second step's loss NaN: what each rank says of it."""
+    changes = SETTINGS | {"learning_rate": 1e30, "save_strategy": "steps", "save_steps": 1}
+    trainer = small_runs.trainer(folder / "blow_up", model=str(folder / "model"), pairs=8, **changes)
+    try:
+        trainer.train()
+        message = ""
+    except NonFiniteLossError as error:
+        message = str(error)
+    return {"messages": distributed.gather_objects(message)}
+
+
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "quick_start": quick_start,
     "by_name": by_name,
     "evaluations": evaluations,
     "adapters": adapters,
+    "blow_up": blow_up,
 }
 
 

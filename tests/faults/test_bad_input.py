@@ -260,6 +260,10 @@ def test_flag_that_is_wrong(train: Train, words: list[str], message: str) -> Non
     assert_refused(train(*words), message)
 
 
+def test_unknown_dashboard(train: Train) -> None:
+    assert_refused(train(report_to="wandbb"), "wandbb", "is not supported")
+
+
 def test_missing_fields() -> None:
     answer = small_runs.run_cli(["train", "--output_dir", "x"], datasets_cache=Path("unused"))
     assert_refused(answer, "--model_name_or_path, --dataset_name must be given")
@@ -320,6 +324,7 @@ class Poison(TrainerCallback):
 def test_a_loss_that_turns_nan_names_its_rows(tmp_path: Path, stage: int) -> None:
     rows = small_runs.rows(11)
     rows[6]["chosen"][0]["content"] += " ~"  # no other row has this byte
+    rows[2] = conversation("Which?", "the same", "the same")  # dropped; the rows after it keep their numbers
     [token] = tiny_tokenizer()("~", add_special_tokens=False)["input_ids"]
     poison = Poison(token)
     trainer = small_runs.trainer(
@@ -327,6 +332,7 @@ def test_a_loss_that_turns_nan_names_its_rows(tmp_path: Path, stage: int) -> Non
         model=small_runs.model_of("llama"),  # its head is not tied: only rows with the token are hit
         train_dataset=small_runs.Dataset.from_list(rows),
         callbacks=[poison],
+        unusable_rows="drop",
         max_tokens_per_micro_batch=130,
         max_steps=9,
         save_strategy="steps",
