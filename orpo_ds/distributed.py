@@ -72,6 +72,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def local_rank() -> int:
+    """This process's number on its host, as the launcher set it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def world_size() -> int:
     """Number of processes in the job; 1 outside of one."""
     return dist.get_world_size() if dist.is_initialized() else 1
