@@ -39,7 +39,9 @@ def quick_start(folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     train_dataset = small_runs.dataset(8)
-    training_args: ORPOConfig = small_runs.settings(folder / "quick_start", **SETTINGS | {"report_to": "wandb"})
+    training_args: ORPOConfig = small_runs.settings(
+        folder / "quick_start", **SETTINGS | {"report_to": "wandb"}
+    )
     trainer = ORPOTrainer(
         model=model, args=training_args, processing_class=tokenizer, train_dataset=train_dataset
     )
