@@ -6,7 +6,6 @@ which knows nothing of ranks, packing or tiles; so all of them equal one another
 
 import functools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 from tests.distributed.worker import MODEL_SEED, SETTINGS, TRAINED_STEPS, Outcome, Setting
+from tests.environment import without_rendezvous
 from tests.parity.compare import gradient_errors, metric_errors
 from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import ReferenceStep, pad_pairs, reference_step
@@ -28,7 +28,6 @@ from tests.tiny_models import tiny_model
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RANKS = (1, 2, 4)
 TOLERANCE = 1e-5
-RENDEZVOUS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -63,7 +62,7 @@ def start_worker(ranks: int) -> Results | str:
         command = [str(launcher), f"--num_accelerators={ranks}", f"--master_port={_free_port()}"]
         command += ["--no_local_rank", "--module"]
     # A trainer that an earlier test made in this process has left its own rendezvous behind.
-    environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+    environment = without_rendezvous()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows.json").write_text(json.dumps(ROWS))
         finished = subprocess.run(

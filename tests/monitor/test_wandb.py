@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from orpo_ds.monitor.wandb import RUN_FILE
+from tests.environment import without_rendezvous
 from tests.monitor.wandb_file import OfflineRun
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -26,7 +26,7 @@ def run(output_dir: Path, first: int, last: int, *, token: str) -> OfflineRun:
     finished = subprocess.run(
         [sys.executable, "-m", "tests.monitor.wandb_run", *words],
         cwd=REPOSITORY,
-        env=os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": API_KEY, "HF_TOKEN": token},
+        env=without_rendezvous() | {"WANDB_MODE": "offline", "WANDB_API_KEY": API_KEY, "HF_TOKEN": token},
         capture_output=True,
         text=True,
         check=False,
