@@ -152,7 +152,6 @@ class ORPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the values, settle the precision, join the process group, fill DeepSpeed's `auto` values."""
         self._check_values()
-        self._settle_device()
         settings = read_deepspeed_config(self.deepspeed)
         self.deepspeed = settings
         self._settle_precision(settings)
@@ -208,11 +207,6 @@ class ORPOConfig(TrainingArguments):
             raise ValueError(f"logits_cache_mib={self.logits_cache_mib} must not be negative.")
         if self.beta < 0:
             raise ValueError(f"beta={self.beta} must not be negative: it weighs the odds-ratio term.")
-
-    def _settle_device(self) -> None:
-        """Use the CPU where there is no GPU, so that nobody has to say so."""
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
 
     def _settle_precision(self, settings: dict[str, Any]) -> None:
         """bf16 unset: what the DeepSpeed JSON says, else bf16 where the hardware multiplies it natively.

@@ -87,12 +87,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over the ranks, in place; returned for convenience."""
     if world_size() > 1:

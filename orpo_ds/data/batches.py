@@ -19,9 +19,12 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Lengths = TypeVar("Lengths", float, NDArray[np.float64])
 
 # A plan is computed while the previous step runs: no more trades than take about 10 ms for 256 pairs, and
 # none for less than a hundred-thousandth of the step.
@@ -104,6 +107,12 @@ class GlobalBatches:
         return order
 
 
+def causal_scores(trunk: Lengths, chosen: Lengths, rejected: Lengths) -> Lengths:
+    """(query, key) scores of a packed pair, or elementwise of many, from its lengths in tokens."""
+    sequence = trunk + chosen
+    return sequence * (sequence + 1) / 2 + rejected * trunk + rejected * (rejected + 1) / 2
+
+
 @dataclass(frozen=True)
 class PairCost:
     """What a pair takes of a micro-batch: room in its row, in tokens, and time, in FLOPs."""
@@ -164,8 +173,7 @@ class CostModel:
     def pair(self, *, trunk: int, chosen: int, rejected: int) -> PairCost:
         """Cost of a packed pair with a trunk and two branches of these lengths, in tokens."""
         tokens = trunk + chosen + rejected
-        sequence = trunk + chosen
-        scores = sequence * (sequence + 1) / 2 + rejected * trunk + rejected * (rejected + 1) / 2
+        scores = causal_scores(float(trunk), float(chosen), float(rejected))
         targets = tokens - 1 if self.nll_on_prompt else chosen + rejected
         return PairCost(tokens, self.per_token * tokens + self.per_score * scores + self.per_target * targets)
 

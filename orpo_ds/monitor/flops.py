@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orpo_ds.data.batches import causal_scores
 from orpo_ds.data.token_dataset import PairLengths
 from orpo_ds.model.size import ModelSize
 
@@ -47,11 +48,10 @@ class UsefulFlops:
             lengths[index].astype(np.float64)
             for lengths in (self.lengths.trunk, self.lengths.chosen, self.lengths.rejected)
         )
-        sequence = trunk + chosen
-        scores = sequence * (sequence + 1) / 2 + rejected * trunk + rejected * (rejected + 1) / 2
+        scores = causal_scores(trunk, chosen, rejected)
         rows = self.lengths.nll_tokens(pairs, nll_on_prompt=self.nll_on_prompt) + rejected
         size = self.size
         body = (4.0 if size.body_frozen else 6.0) * size.body_parameters
         head = (4.0 if size.head_frozen else 6.0) * size.head_parameters
         attention = 12.0 * size.layers * size.attention_width
-        return float((body * (sequence + rejected) + attention * scores + head * rows).sum())
+        return float((body * (trunk + chosen + rejected) + attention * scores + head * rows).sum())
