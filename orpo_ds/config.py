@@ -298,6 +298,13 @@ class ORPOConfig(TrainingArguments):
         return 2 * self.max_length * self.per_device_train_batch_size
 
     @property
+    def eval_micro_batch_tokens(self) -> int | None:
+        """That of an evaluation: no gradients, so as much as the batch size says."""
+        if self.max_tokens_per_micro_batch is not None or self.max_length is None:
+            return self.max_tokens_per_micro_batch
+        return 2 * self.max_length * self.per_device_eval_batch_size
+
+    @property
     def global_batch_size(self) -> int:
         """Pairs of one optimizer step over all ranks."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * distributed.world_size()

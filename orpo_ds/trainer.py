@@ -2,16 +2,14 @@
 
 The loop is DeepSpeed's (`engine(batch)`, `engine.backward`, `engine.step`; see `step.py`); the callbacks, the state and
 the flow control are transformers'. What belongs to one question stands in one file: models and datasets are made
-ready in `prepare.py`, batches come from `data/feed.py`, checkpoints go through `checkpoint/`, the trained model leaves
-through `export.py`.
+ready in `prepare.py`, `plan.py` says how many steps there are, `layout.py` how pairs become tensors, checkpoints go
+through `saving.py`, the trained model leaves through `export.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +27,25 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 from transformers.trainer_utils import TrainOutput
 
 from orpo_ds import distributed
-from orpo_ds.checkpoint import (
-    CheckpointMetadata,
-    CheckpointSaveError,
-    CheckpointStore,
-    check_resume,
-    claim_output_dir,
-    job_ranks,
-    load_rank_state,
-    resolve_resume,
-    save_rank_state,
-)
-from orpo_ds.checkpoint.engine_state import check_engine, load_engine, save_engine
+from orpo_ds.checkpoint import job_ranks
+from orpo_ds.checkpoint.engine_state import check_engine
 from orpo_ds.config import ORPOConfig
-from orpo_ds.data.batches import CostModel, GlobalBatches
-from orpo_ds.data.feed import Feed, Layout
-from orpo_ds.data.packing import pack
-from orpo_ds.data.padding import pad, pad_encoder_decoder
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
 from orpo_ds.evaluation import evaluate
 from orpo_ds.export import save_pretrained
-from orpo_ds.model.attention import packed_attention_enabled
-from orpo_ds.model.load import padding_id
-from orpo_ds.model.selfcheck import check_head, check_packing
+from orpo_ds.layout import RunLayout, choose_layout
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.jsonl import MetricsFile
 from orpo_ds.monitor.report import reporting_callbacks
+from orpo_ds.plan import plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.prepare import prepare_dataset, prepare_model, prepare_tokenizer, training_dtype
-from orpo_ds.redact import redact
+from orpo_ds.saving import RunCheckpoints
 from orpo_ds.step import NonFiniteLossError, train_step
 from orpo_ds.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-TRAINER_STATE = "trainer_state.json"
 
 
 class ORPOTrainer:
@@ -108,13 +89,10 @@ class ORPOTrainer:
         self.policy = OrpoPolicy(self.model, beta=self.args.beta, logits_cache_mib=self.args.logits_cache_mib)
         self._optimizers = optimizers
         self.engine: Engine | None = None
-        self._packed = False
+        self._chosen_layout: RunLayout | None = None
         self._owns_output_dir = False
-        self.ranks = job_ranks()
         self.metrics_file = MetricsFile(self.args.run_dir)
-        self.store = CheckpointStore(
-            self.args.run_dir, save_total_limit=self.args.save_total_limit, ranks=self.ranks
-        )
+        self.checkpoints = RunCheckpoints(self.args, ranks=job_ranks())
         self.state = TrainerState(
             is_local_process_zero=self.args.local_process_index == 0,
             is_world_process_zero=distributed.is_main(),
@@ -162,42 +140,19 @@ class ORPOTrainer:
             raise ValueError(
                 "this trainer has trained already: make a new ORPOTrainer, with an output_dir of its own."
             )
-        args = self.args
-        resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        source = resolve_resume(resume, args.run_dir, ranks=self.ranks) if resume else None
-        claim_output_dir(
-            args.run_dir,
-            resume_from=source,
-            overwrite_output_dir=args.overwrite_output_dir,
-            ranks=self.ranks,
-        )
+        source = self.checkpoints.claim(resume_from_checkpoint, dataset_fingerprint=self._fingerprint)
         self._owns_output_dir = True
-        self.store.clean_up()
-        if source is not None:
-            check_resume(source, self._metadata())  # before minutes go into an engine that cannot use it
         self._ready_engine()
         if source is not None:
             self._restore(source)
-        with self._attention():
+        with self._layout.attention():
             return self._loop()
 
-    def _batches(self) -> GlobalBatches:
-        """The global batches of the training, the same for any number of ranks."""
-        assert self.train_dataset is not None
-        args = self.args
-        return GlobalBatches(
-            num_pairs=len(self.train_dataset),
-            global_batch_size=args.global_batch_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            fingerprint=self.train_dataset.fingerprint,
-            drop_last=args.dataloader_drop_last,
-            shuffle=args.train_sampling_strategy != "sequential",
-        )
-
     def _loop(self) -> TrainOutput:
-        state, engine, batches = self.state, self._ready_engine(), self._batches()
         assert self.train_dataset is not None
-        feed = self._feed(self.train_dataset, max_tokens=self.args.micro_batch_tokens)
+        state, engine = self.state, self._ready_engine()
+        batches = training_batches(self.args, self.train_dataset)
+        feed = self._layout.feed(self.train_dataset, max_tokens=self.args.micro_batch_tokens)
         watch = Watch(
             feed, measure(self.policy.parts), device=self.args.device, dtype=training_dtype(self.args)
         )
@@ -283,7 +238,7 @@ class ORPOTrainer:
         """Where to look and where to go on from, when the loss is not a number."""
         assert self.train_dataset is not None
         rows = sorted(int(self.train_dataset.row_numbers[pair]) for pair in error.pairs)
-        good = self.store.latest_good()
+        good = self.checkpoints.store.latest_good()
         continue_from = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
         return (
             f"at step {self.state.global_step + 1}, in the micro-batches with the training rows {rows} (from 0). "
@@ -291,25 +246,12 @@ class ORPOTrainer:
             "or train in bf16 instead of fp16."
         )
 
-    def _start_state(self, batches: GlobalBatches) -> None:
-        """How many steps there are, and how often to log, evaluate and save."""
-        args, state = self.args, self.state
-        if args.max_steps > 0:
-            state.max_steps = args.max_steps
-            state.num_train_epochs = math.ceil(args.max_steps / batches.steps_per_epoch)
-        else:
-            state.max_steps = math.ceil(args.num_train_epochs * batches.steps_per_epoch)
-            state.num_train_epochs = math.ceil(args.num_train_epochs)
-        state.global_step, state.epoch = 0, 0.0
-        state.train_batch_size = args.per_device_train_batch_size
-        state.compute_steps(args, state.max_steps)
-
     def _ready_engine(self) -> Engine:
         """The engine; at first use, wrap the model under DeepSpeed and find out whether packed rows are exact on it."""
         if self.engine is not None:
             return self.engine
         if self.train_dataset is not None:
-            self._start_state(self._batches())
+            plan_training(self.state, self.args, training_batches(self.args, self.train_dataset))
         optimizer, scheduler = self._optimizers
         self.engine = build_engine(
             self.policy,
@@ -319,128 +261,48 @@ class ORPOTrainer:
             scheduler=scheduler,
         )
         check_engine(self.engine.deepspeed)
-        self._packed = self._choose_packed()
+        self._chosen_layout = self._choose_layout()
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler = self.engine.optimizer, self.engine.scheduler
         return self.engine
 
-    def _choose_packed(self) -> bool:
-        """Whether this run packs; proved on a short pair of the user's own data, on the user's own model."""
-        wish = self.args.layout
+    def _choose_layout(self) -> RunLayout:
         dataset = self.train_dataset or next(iter(self.eval_datasets.values()))
-        if wish == "padded" or self.policy.parts.is_encoder_decoder:
-            check_head(self.policy.parts, self.policy.head, dataset[0])
-            return False
-        verdict = check_packing(self.policy.parts, self.policy.head, dataset[0])
-        if verdict.ok:
-            return True
-        if wish == "packed":
-            raise ValueError(f"layout='packed': {verdict.reason} Use layout='auto' to train padded instead.")
-        if distributed.is_main():
-            logger.warning("Training in the padded layout: %s", verdict.reason)
-        return False
+        return choose_layout(self.policy, args=self.args, tokenizer=self.processing_class, example=dataset[0])
 
-    def _attention(self) -> AbstractContextManager[None]:
-        """The attention of the run's layout; what the model had before is restored afterwards."""
-        return packed_attention_enabled(self.policy.parts.model) if self._packed else nullcontext()
-
-    def _feed(self, dataset: TokenDataset, *, max_tokens: int | None) -> Feed:
-        """This rank's view of a dataset in the run's layout."""
-        nll_on_prompt = self.args.nll_on_prompt and not self.policy.parts.is_encoder_decoder
-        size = measure(self.policy.parts)
-        return Feed(
-            dataset=dataset,
-            layout=self._layout(nll_on_prompt),
-            padded=not self._packed,
-            cost_model=CostModel.of_model(
-                body_parameters=size.body_parameters,
-                head_parameters=size.head_parameters,
-                layers=size.layers,
-                attention_width=size.attention_width,
-                nll_on_prompt=nll_on_prompt,
-            ),
-            nll_on_prompt=nll_on_prompt,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            max_tokens=max_tokens,
-        )
-
-    def _eval_tokens(self) -> int | None:
-        """Token budget of a micro-batch of an evaluation: no gradients, so as much as the batch size says."""
-        if self.args.max_tokens_per_micro_batch is not None or self.args.max_length is None:
-            return self.args.max_tokens_per_micro_batch
-        return 2 * self.args.max_length * self.args.per_device_eval_batch_size
-
-    def _layout(self, nll_on_prompt: bool) -> Layout:
-        if self._packed:
-            return lambda pairs, ids: pack(pairs, pair_ids=ids, nll_on_prompt=nll_on_prompt)
-        pad_id = padding_id(self.processing_class, padding_value=self.args.padding_value)
-        if self.policy.parts.is_encoder_decoder:
-            start = self.model.config.decoder_start_token_id
-            return lambda pairs, ids: pad_encoder_decoder(
-                pairs, pair_ids=ids, pad_token_id=pad_id, decoder_start_token_id=start
-            )
-        return lambda pairs, ids: pad(pairs, pair_ids=ids, pad_token_id=pad_id, nll_on_prompt=nll_on_prompt)
+    @property
+    def _layout(self) -> RunLayout:
+        assert self._chosen_layout is not None, "there is no engine yet"
+        return self._chosen_layout
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _metadata(self) -> CheckpointMetadata:
-        """What a checkpoint says about the run, and what a resume compares."""
+    @property
+    def _fingerprint(self) -> str:
         assert self.train_dataset is not None
-        return CheckpointMetadata(
-            step=self.state.global_step,
-            epoch=float(self.state.epoch),
-            seed=self.args.seed,
-            world_size=distributed.world_size(),
-            zero_stage=self.args.zero_stage,
-            global_batch_size=self.args.global_batch_size,
-            dataset_fingerprint=self.train_dataset.fingerprint,
-            config=redact(self.args.to_dict()),
-        )
+        return self.train_dataset.fingerprint
 
     def save_checkpoint(self) -> Path:
         """Write a verified `checkpoint-<step>` from which the run continues bit for bit. All ranks call it."""
-        engine = self.engine
-        assert engine is not None, "there is nothing to save before train()"
-
-        def write(folder: Path) -> None:
-            save_engine(engine.deepspeed, folder, scheduler=engine.scheduler)
-            save_rank_state(folder, self.ranks)
-            if distributed.is_main():
-                self.state.save_to_json(str(folder / TRAINER_STATE))
-
-        path = self.store.save(write, self._metadata())
-        best = self.state.best_model_checkpoint
-        self.store.prune(keep=[] if best is None else [Path(best)])
+        assert self.engine is not None, "there is nothing to save before train()"
+        path = self.checkpoints.save(self.engine, self.state, dataset_fingerprint=self._fingerprint)
         self._event("on_save")
         return path
 
     def _save_or_go_on(self) -> None:
-        """Save; when that fails (disk full), train on to a save that works, unless this was the last one.
-
-        Raises:
-            CheckpointSaveError: no later step will save.
-        """
-        try:
-            self.save_checkpoint()
-        except CheckpointSaveError as error:
-            if self.control.should_training_stop or self.state.global_step == self.state.max_steps:
-                raise
-            if distributed.is_main():
-                logger.error("%s. Training goes on, and the next save tries again.", error)
+        saved = self.checkpoints.save_or_go_on(
+            self._ready_engine(),
+            self.state,
+            dataset_fingerprint=self._fingerprint,
+            last=self.control.should_training_stop or self.state.global_step == self.state.max_steps,
+        )
+        if saved:
+            self._event("on_save")
 
     def _restore(self, source: Path) -> None:
-        """Continue from a verified checkpoint: engine, schedule, random generators and state."""
-        engine = self._ready_engine()
-        load_engine(engine.deepspeed, source, scheduler=engine.scheduler)
-        load_rank_state(source, self.ranks)
-        saved = TrainerState.load_from_json(str(source / TRAINER_STATE))
-        saved.is_local_process_zero = self.state.is_local_process_zero
-        saved.is_world_process_zero = self.state.is_world_process_zero
-        saved.max_steps, saved.num_train_epochs = self.state.max_steps, self.state.num_train_epochs
-        self.state = saved
+        self.state = self.checkpoints.restore(source, self._ready_engine(), self.state)
         if distributed.is_main():
-            self.metrics_file.rewind(saved.global_step)
+            self.metrics_file.rewind(self.state.global_step)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -471,8 +333,8 @@ class ORPOTrainer:
         figures: dict[str, float] = {}
         for name, dataset in datasets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            feed = self._feed(dataset, max_tokens=self._eval_tokens())
-            with self._attention():
+            feed = self._layout.feed(dataset, max_tokens=self.args.eval_micro_batch_tokens)
+            with self._layout.attention():
                 found = evaluate(
                     engine,
                     feed,
@@ -506,7 +368,7 @@ class ORPOTrainer:
             "world_size": distributed.world_size(),
             "global_batch_size": self.args.global_batch_size,
             "zero_stage": self.args.zero_stage,
-            "layout": "packed" if self._packed else "padded",
+            "layout": "packed" if self._chosen_layout and self._chosen_layout.packed else "padded",
         }
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:

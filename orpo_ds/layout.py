@@ -1,0 +1,120 @@
+"""The layout that a run trains in: packed rows where they are proved exact on its model, padded ones elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from orpo_ds import distributed
+from orpo_ds.config import ORPOConfig
+from orpo_ds.data.batches import CostModel
+from orpo_ds.data.feed import Feed, Layout
+from orpo_ds.data.packing import pack
+from orpo_ds.data.padding import pad, pad_encoder_decoder
+from orpo_ds.data.tokenize import TokenDataset, TokenPair
+from orpo_ds.model.anatomy import ModelParts
+from orpo_ds.model.attention import packed_attention_enabled
+from orpo_ds.model.load import padding_id
+from orpo_ds.model.selfcheck import check_head, check_packing
+from orpo_ds.model.size import measure
+from orpo_ds.policy import OrpoPolicy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """How pairs of this run become tensors, and the attention that reads them.
+
+    Attributes:
+        packed: one row of trunks and branches; otherwise two padded rows a pair.
+        parts: anatomy of the model.
+        args: the run's settings.
+        tokenizer: knows what to pad with.
+    """
+
+    packed: bool
+    parts: ModelParts
+    args: ORPOConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def nll_on_prompt(self) -> bool:
+        """Whether the nll counts the prompt; an encoder's prompt has no log-probs."""
+        return self.args.nll_on_prompt and not self.parts.is_encoder_decoder
+
+    def attention(self) -> AbstractContextManager[None]:
+        """The attention of this layout; what the model had before is restored afterwards."""
+        return packed_attention_enabled(self.parts.model) if self.packed else nullcontext()
+
+    def feed(self, dataset: TokenDataset, *, max_tokens: int | None) -> Feed:
+        """This rank's view of a dataset.
+
+        Args:
+            dataset: token pairs.
+            max_tokens: budget of a micro-batch; None: a rank's share of a batch is one micro-batch.
+        """
+        size = measure(self.parts)
+        return Feed(
+            dataset=dataset,
+            layout=self._tensors(),
+            padded=not self.packed,
+            cost_model=CostModel.of_model(
+                body_parameters=size.body_parameters,
+                head_parameters=size.head_parameters,
+                layers=size.layers,
+                attention_width=size.attention_width,
+                nll_on_prompt=self.nll_on_prompt,
+            ),
+            nll_on_prompt=self.nll_on_prompt,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            max_tokens=max_tokens,
+        )
+
+    def _tensors(self) -> Layout:
+        nll_on_prompt = self.nll_on_prompt
+        if self.packed:
+            return lambda pairs, ids: pack(pairs, pair_ids=ids, nll_on_prompt=nll_on_prompt)
+        pad_id = padding_id(self.tokenizer, padding_value=self.args.padding_value)
+        if self.parts.is_encoder_decoder:
+            start = self.parts.model.config.decoder_start_token_id
+            return lambda pairs, ids: pad_encoder_decoder(
+                pairs, pair_ids=ids, pad_token_id=pad_id, decoder_start_token_id=start
+            )
+        return lambda pairs, ids: pad(pairs, pair_ids=ids, pad_token_id=pad_id, nll_on_prompt=nll_on_prompt)
+
+
+def choose_layout(
+    policy: OrpoPolicy, *, args: ORPOConfig, tokenizer: PreTrainedTokenizerBase, example: TokenPair
+) -> RunLayout:
+    """Find out, on a pair of the user's own data and on the user's own model, whether packed rows are exact.
+
+    Args:
+        policy: in its engine.
+        args: `layout` says what the user wishes.
+        tokenizer: of the model.
+        example: a pair.
+
+    Raises:
+        ValueError: packing was asked for and is not exact on this model, or the head is not read exactly.
+    """
+    packed = _is_packed(policy, wish=args.layout, example=example)
+    return RunLayout(packed=packed, parts=policy.parts, args=args, tokenizer=tokenizer)
+
+
+def _is_packed(policy: OrpoPolicy, *, wish: str, example: TokenPair) -> bool:
+    if wish == "padded" or policy.parts.is_encoder_decoder:
+        check_head(policy.parts, policy.head, example)
+        return False
+    verdict = check_packing(policy.parts, policy.head, example)
+    if verdict.ok:
+        return True
+    if wish == "packed":
+        raise ValueError(f"layout='packed': {verdict.reason} Use layout='auto' to train padded instead.")
+    if distributed.is_main():
+        logger.warning("Training in the padded layout: %s", verdict.reason)
+    return False
