@@ -11,16 +11,42 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Protocol
 
 import torch
 
 from orpo_ds.data.batches import CostModel, PairCost, plan_micro_batches
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.data.prefetch import MicroBatchLoader
-from orpo_ds.data.tokenize import TokenDataset, TokenPair
+from orpo_ds.data.token_dataset import PairLengths
+from orpo_ds.data.truncate import TokenPair
 
 # Lays pairs out as tensors; the second argument is the dataset index of every pair.
 Layout = Callable[[Sequence[TokenPair], Sequence[int]], MicroBatch]
+
+
+class LengthsByPair(Protocol):
+    """The lengths of any pairs of a dataset."""
+
+    def of(self, pairs: Sequence[int]) -> PairLengths:
+        """Those of these pairs (dataset indices), in their order."""
+
+
+class PairSource(Protocol):
+    """What the feed asks of a dataset: a `TokenDataset` on disk, or the `TokenStream` of one without a length."""
+
+    @property
+    def lengths(self) -> LengthsByPair:
+        """Tokens of the pairs."""
+
+    def __len__(self) -> int:
+        """Pairs there are; a stream does not know and raises TypeError."""
+
+    def __getitem__(self, index: int) -> TokenPair:
+        """The pair with this dataset index."""
+
+    def release(self, pairs: Sequence[int]) -> None:
+        """Take note that these pairs, a whole global batch, have been trained on."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +79,7 @@ class Feed:
         max_tokens: budget of a micro-batch; None: a rank's share of the batch is one micro-batch.
     """
 
-    dataset: TokenDataset
+    dataset: PairSource
     layout: Layout
     padded: bool
     cost_model: CostModel
@@ -71,7 +97,7 @@ class Feed:
         deal = plan_micro_batches(costs, world_size=self.world_size, max_tokens=budget)
         return StepPlan(
             pairs=len(pairs),
-            nll_tokens=int(self.dataset.lengths.nll_tokens(pairs, nll_on_prompt=self.nll_on_prompt).sum()),
+            nll_tokens=int(self.dataset.lengths.of(pairs).nll_tokens(nll_on_prompt=self.nll_on_prompt).sum()),
             micro_batches=[[pairs[position] for position in positions] for positions in deal[self.rank]],
         )
 
@@ -91,25 +117,25 @@ class Feed:
         Yields:
             The plan of a step and its micro-batches, all of which must be taken before the next step.
         """
-        plans: deque[StepPlan] = deque()
+        plans: deque[tuple[StepPlan, Sequence[int]]] = deque()
 
         def groups() -> Iterator[list[int]]:
             for pairs in batches:
                 plan = self.plan(pairs)
-                plans.append(plan)
+                plans.append((plan, pairs))
                 yield from plan.micro_batches
 
         stream = iter(MicroBatchLoader(groups(), build=self.build, device=device))
         for first in stream:
-            plan = plans.popleft()
+            plan, pairs = plans.popleft()
             yield plan, chain((first,), islice(stream, len(plan.micro_batches) - 1))
+            self.dataset.release(pairs)
 
     def _costs(self, pairs: Sequence[int]) -> list[PairCost]:
-        lengths = self.dataset.lengths
-        triples = [
-            (int(lengths.trunk[index]), int(lengths.chosen[index]), int(lengths.rejected[index]))
-            for index in pairs
-        ]
+        lengths = self.dataset.lengths.of(pairs)
+        triples = list(
+            zip(lengths.trunk.tolist(), lengths.chosen.tolist(), lengths.rejected.tolist(), strict=True)
+        )
         costs = [self.cost_model.pair(trunk=trunk, chosen=c, rejected=r) for trunk, c, r in triples]
         if not self.padded:
             return costs

@@ -63,11 +63,15 @@ class PairLengths:
     rejected: NDArray[np.int32]
     chosen_start: NDArray[np.int32]
 
-    def nll_tokens(self, pairs: Sequence[int], *, nll_on_prompt: bool) -> NDArray[np.int64]:
-        """Tokens that the nll counts in each of these pairs: `packing.count_targets` without reading ids."""
+    def of(self, pairs: Sequence[int]) -> PairLengths:
+        """Those of these pairs (dataset indices), in their order."""
         index = np.asarray(pairs, dtype=np.int64)
-        first = np.int64(1) if nll_on_prompt else np.maximum(self.chosen_start[index], 1)
-        return self.trunk[index].astype(np.int64) + self.chosen[index] - first
+        return PairLengths(*(getattr(self, name)[index] for name in LENGTHS))
+
+    def nll_tokens(self, *, nll_on_prompt: bool) -> NDArray[np.int64]:
+        """Tokens that the nll counts in each pair, [N]: `packing.count_targets` without reading ids."""
+        first = np.int64(1) if nll_on_prompt else np.maximum(self.chosen_start, 1)
+        return self.trunk.astype(np.int64) + self.chosen - first
 
 
 class TokenDataset:
@@ -94,6 +98,9 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return len(self.row_numbers)
+
+    def release(self, pairs: Sequence[int]) -> None:
+        """Nothing to let go of: the pairs are on disk (`orpo_ds.data.feed.PairSource`)."""
 
     def __iter__(self) -> Iterator[TokenPair]:
         return (self[index] for index in range(len(self)))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from orpo_ds.data.batches import causal_scores
-from orpo_ds.data.token_dataset import PairLengths
+from orpo_ds.data.feed import LengthsByPair
 from orpo_ds.model.size import ModelSize
 
 
@@ -36,20 +36,19 @@ class UsefulFlops:
     """
 
     size: ModelSize
-    lengths: PairLengths
+    lengths: LengthsByPair
     nll_on_prompt: bool
 
     def __call__(self, pairs: Sequence[int]) -> float:
         """FLOPs of forward and backward of these pairs (dataset indices)."""
         if not pairs:
             return 0.0
-        index = np.asarray(pairs, dtype=np.int64)
+        lengths = self.lengths.of(pairs)
         trunk, chosen, rejected = (
-            lengths[index].astype(np.float64)
-            for lengths in (self.lengths.trunk, self.lengths.chosen, self.lengths.rejected)
+            tokens.astype(np.float64) for tokens in (lengths.trunk, lengths.chosen, lengths.rejected)
         )
         scores = causal_scores(trunk, chosen, rejected)
-        rows = self.lengths.nll_tokens(pairs, nll_on_prompt=self.nll_on_prompt) + rejected
+        rows = lengths.nll_tokens(nll_on_prompt=self.nll_on_prompt) + rejected
         size = self.size
         body = (4.0 if size.body_frozen else 6.0) * size.body_parameters
         head = (4.0 if size.head_frozen else 6.0) * size.head_parameters
