@@ -24,6 +24,8 @@ from orpo_ds.policy import OrpoPolicy
 
 logger = logging.getLogger(__name__)
 
+TRL_COLLATORS = frozenset({"DPODataCollatorWithPadding", "DataCollatorForPreference"})
+
 
 @dataclass(frozen=True)
 class RunLayout:
@@ -86,6 +88,29 @@ class RunLayout:
                 pairs, pair_ids=ids, pad_token_id=pad_id, decoder_start_token_id=start
             )
         return lambda pairs, ids: pad(pairs, pair_ids=ids, pad_token_id=pad_id, nll_on_prompt=nll_on_prompt)
+
+
+def check_collator(collator: object) -> None:
+    """Let TRL's own collators pass, and refuse others by name.
+
+    TRL's pad the sequences of a batch on the right, which is what the padded layout does, and what the packed one is
+    proved equal to; so a script that passes one trains the same. What another would change (labels, masks, further
+    inputs) would have to reach the packed rows, the counts that the loss is normalised by and the balance over ranks.
+
+    Raises:
+        ValueError: names the collator.
+    """
+    if collator is None:
+        return
+    kind = type(collator)
+    if kind.__module__.partition(".")[0] == "trl" and kind.__name__ in TRL_COLLATORS:
+        logger.info("%s pads as orpo_ds does: it is not called", kind.__name__)
+        return
+    raise ValueError(
+        f"data_collator={getattr(collator, '__name__', kind.__name__)}: orpo_ds lays the pairs out itself, in packed "
+        "rows (layout='padded' for padded ones), so a collator would not be called. Leave it out, and make its changes "
+        "in the rows of the dataset; nll_on_prompt, padding_value and max_length are settings."
+    )
 
 
 def choose_layout(

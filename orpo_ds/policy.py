@@ -7,13 +7,25 @@ tied to the input embedding, without ever calling the output embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo_ds.data.packing import MicroBatch, TargetRows
 from orpo_ds.loss.odds_ratio import orpo_loss
+from orpo_ds.loss.row_logits import LogitReader
 from orpo_ds.loss.token_logps import token_logps
 from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states, router_aux_loss
+
+
+class Observer(Protocol):
+    """Looks at a micro-batch of an evaluation, inside the forward, where ZeRO-3 has the head's weight gathered."""
+
+    def __call__(self, batch: MicroBatch, *, hidden: Tensor, logps: Tensor, head: LogitReader) -> None:
+        """Take what is wanted of the hidden states `[N, H]`, the target rows' log-probs `[R]` and the head."""
 
 
 class TiledHead(nn.Module):
@@ -38,9 +50,9 @@ class TiledHead(nn.Module):
             value for value in (self.parts.head.weight, self.parts.bias) if isinstance(value, nn.Parameter)
         ]
 
-    def forward(self, hidden: Tensor, rows: TargetRows) -> Tensor:
-        """Log-probs `[R]` fp32 of `rows` from the hidden states `[N, H]`."""
-        return token_logps(
+    def forward(self, hidden: Tensor, rows: TargetRows, observe: Callable[..., None] | None = None) -> Tensor:
+        """Log-probs `[R]` fp32 of `rows` from the hidden states `[N, H]`; an `Observer` of the batch sees them."""
+        logps = token_logps(
             hidden,
             self.parts.head.weight,
             index=rows.index,
@@ -51,6 +63,11 @@ class TiledHead(nn.Module):
             tile_rows=self.tile_rows,
             logits_cache_mib=self.logits_cache_mib,
         )
+        if observe is not None:
+            parts = self.parts
+            reader = LogitReader(parts.head.weight, parts.bias, parts.softcap, parts.scale, self.tile_rows)
+            observe(hidden=hidden, logps=logps, head=reader)
+        return logps
 
 
 class OrpoPolicy(nn.Module):
@@ -73,13 +90,21 @@ class OrpoPolicy(nn.Module):
         self.parts = find_parts(model)
         self.head = TiledHead(self.parts, logits_cache_mib=logits_cache_mib, tile_rows=tile_rows)
 
-    def forward(self, batch: MicroBatch, *, nll_tokens_total: int, pairs_total: int) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: MicroBatch,
+        *,
+        nll_tokens_total: int,
+        pairs_total: int,
+        observe: Observer | None = None,
+    ) -> dict[str, Tensor]:
         """The micro-batch's share of the global loss, and the sums of its metrics.
 
         Args:
             batch: packed or padded.
             nll_tokens_total: nll tokens of the whole global batch.
             pairs_total: pairs of the whole global batch.
+            observe: shown the micro-batch from inside (evaluation only).
 
         Returns:
             `loss`: scalar fp32 with a gradient; the sum over all micro-batches and ranks is the global loss.
@@ -87,7 +112,7 @@ class OrpoPolicy(nn.Module):
         """
         rows = batch.rows
         hidden, router_logits = hidden_states(self.parts, batch)
-        logps = self.head(hidden, rows)
+        logps = self.head(hidden, rows, None if observe is None else partial(observe, batch))
         terms = orpo_loss(
             logps,
             nll=rows.nll,

@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from orpo_ds import distributed
 from orpo_ds.checkpoint import job_ranks
@@ -32,14 +32,15 @@ from orpo_ds.checkpoint.engine_state import check_engine
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
-from orpo_ds.evaluation import evaluate
+from orpo_ds.evaluation import Evaluation
 from orpo_ds.export import save_pretrained
-from orpo_ds.layout import RunLayout, choose_layout
+from orpo_ds.layout import RunLayout, check_collator, choose_layout
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.jsonl import MetricsFile
 from orpo_ds.monitor.report import reporting_callbacks
 from orpo_ds.plan import plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
+from orpo_ds.predictions import Preprocess
 from orpo_ds.prepare import prepare_dataset, prepare_model, prepare_tokenizer, training_dtype
 from orpo_ds.saving import RunCheckpoints
 from orpo_ds.step import NonFiniteLossError, train_step
@@ -54,13 +55,16 @@ class ORPOTrainer:
     Args:
         model: a model, or the folder or hub id of one. Loaded by name under ZeRO-3, each rank holds only its shard.
         args: settings; default ones write into `trainer_output`.
+        data_collator: None, or TRL's own: pairs are laid out by orpo_ds (`orpo_ds.layout`).
         train_dataset: rows with `prompt`, `chosen`, `rejected` (see `orpo_ds.data.preference`).
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; by default the model's own.
         model_init: makes the model, in place of `model`.
         callbacks: transformers callbacks, beside those of `args.report_to` and the progress bar.
         optimizers: an optimizer and a schedule of one's own, either may be None.
+        preprocess_logits_for_metrics: what to keep of the logits for `compute_metrics` (see `orpo_ds.predictions`).
         peft_config: adapters to train instead of the model.
+        compute_metrics: further metrics of an evaluation, from an `EvalPrediction`.
 
     Raises:
         ValueError: arguments that contradict each other, or rows that cannot be trained on.
@@ -70,17 +74,22 @@ class ORPOTrainer:
         self,
         model: PreTrainedModel | str | None = None,
         args: ORPOConfig | None = None,
-        *,
+        data_collator: Any | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         model_init: Callable[[], PreTrainedModel] | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         optimizers: tuple[torch.optim.Optimizer | None, Any | None] = (None, None),
+        preprocess_logits_for_metrics: Preprocess | None = None,
         peft_config: Any | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
     ) -> None:
         """See the class."""
         self.args = args if args is not None else ORPOConfig()
+        check_collator(data_collator)
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.model = prepare_model(model, args=self.args, model_init=model_init, peft_config=peft_config)
         self.processing_class = prepare_tokenizer(processing_class, model=self.model, args=self.args)
         self.train_dataset = None if train_dataset is None else self._prepared(train_dataset)
@@ -307,47 +316,93 @@ class ORPOTrainer:
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(
-        self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Loss and metrics over a whole dataset, the same for any number of ranks and any batch size.
 
         Args:
-            eval_dataset: other rows than those given to the trainer; several by name get `<prefix>_<name>_` metrics.
+            eval_dataset: other rows than those given to the trainer, several by name, which get `<prefix>_<name>_`
+                metrics, or the name of one of the trainer's.
+            ignore_keys: of the model's outputs, those that `compute_metrics` need not see.
             metric_key_prefix: of the names of the metrics.
 
         Returns:
-            The metrics that are logged.
+            The metrics that are logged, and the epoch.
 
         Raises:
             ValueError: there is no evaluation set.
         """
+        loss_only = self.compute_metrics is None or self.args.prediction_loss_only
+        figures: dict[str, float] = {}
+        for name, dataset in self._sets_to_evaluate(eval_dataset).items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            output = self._evaluation().run(
+                dataset, prefix=prefix, loss_only=loss_only, ignore_keys=ignore_keys
+            )
+            figures |= output.metrics or {}
+        self.log(figures)
+        self._event("on_evaluate", metrics=figures)
+        return figures | {"epoch": self.state.epoch}
+
+    def predict(
+        self,
+        test_dataset: Dataset,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Numbers of every pair of a dataset, and its metrics; nothing is logged.
+
+        Args:
+            test_dataset: preference rows.
+            ignore_keys: of `eval_logits/chosen` and `eval_logits/rejected`, those to leave out of the predictions.
+            metric_key_prefix: of the names of the metrics.
+
+        Returns:
+            What `compute_metrics` is given (`orpo_ds.predictions`) and the metrics.
+        """
+        output = self._evaluation().run(
+            self._prepared(test_dataset),
+            prefix=metric_key_prefix,
+            loss_only=self.args.prediction_loss_only,
+            ignore_keys=ignore_keys,
+        )
+        self._event("on_predict", metrics=output.metrics)
+        return output
+
+    def _sets_to_evaluate(self, given: Dataset | dict[str, Dataset] | str | None) -> dict[str, TokenDataset]:
+        """By name; without a name where there is one."""
+        if isinstance(given, str):
+            if given not in self.eval_datasets:
+                known = ", ".join(name for name in self.eval_datasets if name) or "none that has a name"
+                raise ValueError(f"eval_dataset={given!r}: the trainer has no such set. It has: {known}.")
+            return {"": self.eval_datasets[given]}
         datasets = self.eval_datasets
-        if eval_dataset is not None:
-            named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        if given is not None:
+            named = given if isinstance(given, dict) else {"": given}
             datasets = {name: self._prepared(rows) for name, rows in named.items()}
         if not datasets:
             raise ValueError(
                 "there is nothing to evaluate: pass eval_dataset to ORPOTrainer or to evaluate()."
             )
+        return datasets
+
+    def _evaluation(self) -> Evaluation:
         engine = self._ready_engine()
-        figures: dict[str, float] = {}
-        for name, dataset in datasets.items():
-            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            feed = self._layout.feed(dataset, max_tokens=self.args.eval_micro_batch_tokens)
-            with self._layout.attention():
-                found = evaluate(
-                    engine,
-                    feed,
-                    batch_size=self.args.per_device_eval_batch_size * distributed.world_size(),
-                    beta=self.args.beta,
-                    aux_coefficient=self.policy.parts.aux_coefficient,
-                    device=self.args.device,
-                    progress=not self.args.disable_tqdm,
-                )
-            figures |= {prefix + key: value for key, value in found.items()}
-        self.log(figures)
-        self._event("on_evaluate", metrics=figures)
-        return figures
+        return Evaluation(
+            engine=engine,
+            layout=self._layout,
+            args=self.args,
+            compute_metrics=self.compute_metrics,
+            preprocess=self.preprocess_logits_for_metrics,
+            on_round=self._after_round,
+        )
+
+    def _after_round(self, rounds: int) -> None:
+        self.callback_handler.eval_dataloader = range(rounds)  # the progress bar asks for its length
+        self._event("on_prediction_step")
 
     # ------------------------------------------------------------------ results
 

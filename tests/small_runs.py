@@ -5,6 +5,8 @@ that the `deepspeed` launcher starts, it gives the same run on several ranks (`l
 """
 
 import contextlib
+import dataclasses
+import inspect
 import io
 import json
 import os
@@ -107,7 +109,8 @@ def trainer(output_dir: Path, *, pairs: int = 11, **keywords: Any) -> ORPOTraine
         pairs: rows of the training set.
         keywords: those of `ORPOTrainer` by their names; all others are fields of `ORPOConfig`.
     """
-    own = {"model", "eval_dataset", "train_dataset", "callbacks", "optimizers", "peft_config", "model_init"}
+    fields = {field.name for field in dataclasses.fields(ORPOConfig)}
+    own = inspect.signature(ORPOTrainer).parameters.keys() - {"args", "processing_class"} - fields
     passed = {name: keywords.pop(name) for name in own & keywords.keys()}
     if "model" not in passed and "model_init" not in passed:
         passed["model"] = model_of()

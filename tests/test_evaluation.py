@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import EvalPrediction
 
 from orpo_ds.export import full_state
+from orpo_ds.monitor.jsonl import read_metrics
 from tests import small_runs
 from tests.parity.compare import metric_errors
 from tests.parity.orpo_side import token_pairs
@@ -49,6 +51,73 @@ def test_several_evaluation_sets_have_names_of_their_own(tmp_path: Path) -> None
     assert found["eval_short_loss"] != found["eval_long_loss"]
     alone = trainer.evaluate(small_runs.dataset(3), metric_key_prefix="test")
     assert alone["test_loss"] == found["eval_short_loss"]
+
+
+def test_one_of_the_trainers_sets_by_name(tmp_path: Path) -> None:
+    sets = {"short": small_runs.dataset(3), "long": small_runs.dataset(EVAL_PAIRS)}
+    trainer = small_runs.trainer(tmp_path / "run", eval_dataset=sets)
+    both = trainer.evaluate()
+    assert trainer.evaluate("short")["eval_loss"] == both["eval_short_loss"]
+    with pytest.raises(ValueError, match=r"'shrot'.*It has: short, long"):
+        trainer.evaluate("shrot")
+
+
+def test_several_sets_while_training(tmp_path: Path) -> None:
+    """The names in the metrics are those of transformers, and one of them may drive what follows a metric."""
+    sets = {"short": small_runs.dataset(3), "long": small_runs.dataset(EVAL_PAIRS)}
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        eval_dataset=sets,
+        eval_strategy="steps",
+        eval_steps=1,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        metric_for_best_model="eval_short_loss",
+    )
+    trainer.train()
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_short_loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(
+        {"eval_long_loss", "eval_long_rewards/margins", "eval_long_runtime"} <= line.keys() for line in lines
+    )
+    best = trainer.engine.scheduler.best if trainer.engine else None
+    assert best == min(line["eval_short_loss"] for line in lines)
+
+
+def test_the_users_metrics_are_prefixed_logged_and_followed(tmp_path: Path) -> None:
+    """`compute_metrics` is asked at every evaluation of the training, and its figure is what the schedule follows."""
+    values = iter((3.0, 2.0, 5.0))
+
+    def quality(found: EvalPrediction) -> dict[str, float]:
+        return {"quality": next(values), "eval_has_prefix": 1.0}
+
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        eval_dataset=small_runs.dataset(3),
+        compute_metrics=quality,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=3,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        metric_for_best_model="quality",
+    )
+    trainer.train()
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in line]
+    assert [line["eval_quality"] for line in lines] == [3.0, 2.0, 5.0]
+    assert {line["eval_has_prefix"] for line in lines} == {1.0}
+    assert trainer.engine is not None
+    assert trainer.engine.scheduler.best == 2.0
+
+
+def test_the_progress_bar_of_transformers_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        train_dataset=None,
+        eval_dataset=small_runs.dataset(EVAL_PAIRS),
+        per_device_eval_batch_size=4,
+        disable_tqdm=False,
+    )
+    trainer.evaluate()
+    assert "3/3" in capsys.readouterr().err
 
 
 def test_evaluation_changes_nothing_of_the_training(tmp_path: Path) -> None:

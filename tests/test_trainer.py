@@ -306,7 +306,8 @@ def test_callbacks_see_the_events_in_order(tmp_path: Path) -> None:
         save_strategy="steps",
         save_steps=2,
     ).train()
-    closing = ["on_log", "on_log", "on_evaluate", "on_save"]  # the step's metrics, then the evaluation's
+    # The step's metrics, then the evaluation and its metrics.
+    closing = ["on_log", "on_prediction_step", "on_log", "on_evaluate", "on_save"]
     assert recorder.events == [
         ("on_train_begin", 0),
         ("on_epoch_begin", 0),
