@@ -9,44 +9,33 @@ of `ORPOConfig` decides; a value that stands in both and disagrees is an error t
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from orpo_ds import distributed
 from orpo_ds.data.truncate import TruncationMode
+from orpo_ds.settings.dropped import DROPPED, DroppedFields, defaults_of, take_dropped
+from orpo_ds.settings.table import refusal
 from orpo_ds.shipped import shipped_folder
+
+logger = logging.getLogger(__name__)
 
 PRESETS = shipped_folder("ds_configs")
 DEFAULT_PRESET = "zero2.json"
 NO_ZERO = {"zero_optimization": {"stage": 0}}  # what DeepSpeed does with a JSON that does not speak of ZeRO
-
-# What transformers' Trainer would do and this one does not; all of them are off by default.
-NOT_OFFERED = (
-    "auto_find_batch_size",
-    "enable_jit_checkpoint",
-    "fsdp",
-    "ignore_data_skip",
-    "label_smoothing_factor",
-    "load_best_model_at_end",
-    "neftune_noise_alpha",
-    "parallelism_config",
-    "push_to_hub",
-    "save_only_model",
-    "torch_compile",
-    "torch_empty_cache_steps",
-    "use_liger_kernel",
-)
 
 LayoutName = Literal["auto", "packed", "padded"]
 UnusableRows = Literal["error", "drop"]
 
 
 @dataclass
-class ORPOConfig(TrainingArguments):
+class ORPOConfig(DroppedFields, TrainingArguments):
     """Settings of ORPO training: `transformers.TrainingArguments` and the fields below.
 
     Raises:
@@ -65,12 +54,27 @@ class ORPOConfig(TrainingArguments):
             "help": "Train in bfloat16. Unset, the hardware decides: bfloat16 where it is native, else float32."
         },
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
+    gradient_checkpointing: bool = field(
+        default=False,
         metadata={
             "help": "Recompute activations in the backward pass: less memory, about 30%% more compute."
         },
     )
+
+    # The defaults that TRL's users know, where transformers 5 writes the same thing differently.
+    optim: OptimizerNames | str = field(
+        default="adamw_torch", metadata={"help": "Name of an optimizer of transformers."}
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default_factory=dict, metadata={"help": "Keywords of the schedule."}
+    )
+    report_to: list[str] | str | None = field(
+        default=None, metadata={"help": "Dashboards, or `all` that are installed. Unset: none."}
+    )
+    include_num_input_tokens_seen: str | bool = field(
+        default=False, metadata={"help": "Log the tokens of the whole run: all, non_padding, or no."}
+    )
+    fsdp: str | None = field(default="", metadata={"help": "Refused: DeepSpeed shards the model."})
 
     beta: float = field(
         default=0.1,
@@ -128,6 +132,9 @@ class ORPOConfig(TrainingArguments):
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id of the padding. Unset: the tokenizer's."}
     )
+    generate_during_eval: bool = field(
+        default=False, metadata={"help": "Generate answers during an evaluation and show them."}
+    )
     is_encoder_decoder: bool | None = field(
         default=None, metadata={"help": "Needed only with `model_init`. Unset: the model's config says."}
     )
@@ -151,6 +158,7 @@ class ORPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the values, settle the precision, join the process group, fill DeepSpeed's `auto` values."""
+        taken = take_dropped(self)
         self._check_values()
         settings = read_deepspeed_config(self.deepspeed)
         self.deepspeed = settings
@@ -160,8 +168,15 @@ class ORPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self.report_to = "none" if self.report_to is None else self.report_to
         distributed.start_process_group(timeout_s=self.ddp_timeout)
+        if distributed.is_main():
+            for warning in taken:
+                logger.warning(warning)
         super().__post_init__()
+        self.accelerator_config = (
+            None  # transformers has filled it with accelerate's defaults; nothing reads it
+        )
         self._refuse_mismatches()
 
     def _refuse_mismatches(self) -> None:
@@ -194,15 +209,10 @@ class ORPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        for name in NOT_OFFERED:
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: orpo_ds does not do that, and will not pretend to. Leave it out."
-                )
-        if self.save_strategy == "best":
-            raise ValueError(
-                "save_strategy='best': orpo_ds saves by steps or by epochs. Use one of them, or 'no'."
-            )
+        for name, default in defaults_of(self).items():
+            refused = refusal(name, getattr(self, name), default=default)
+            if refused is not None:
+                raise ValueError(refused)
         if self.logits_cache_mib < 0:
             raise ValueError(f"logits_cache_mib={self.logits_cache_mib} must not be negative.")
         if self.beta < 0:
@@ -248,6 +258,13 @@ class ORPOConfig(TrainingArguments):
                 "fp16=True needs a zero_optimization.stage of 1 to 3 in the DeepSpeed JSON: at stage 0 DeepSpeed "
                 "divides the gradient by a scale that the loss never had. zero1 needs no more memory or time."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for dashboards and checkpoints, without the old names, which say nothing any more."""
+        said = {name: value for name, value in super().to_dict().items() if name not in DROPPED}
+        if self.hub_token is None:  # transformers hides a token where there is none, too
+            said["hub_token"] = None
+        return said
 
     # accelerate takes a job without GPUs for a single process; the process group knows better.
     @property

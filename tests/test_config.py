@@ -15,8 +15,16 @@ from orpo_ds.cli import parse_train_arguments
 from orpo_ds.config import PRESETS, read_deepspeed_config
 from tests.small_runs import settings
 
-# TRL turns gradient checkpointing on; here the packed rows and the tiled head make it a choice, and off is faster.
-DECIDED_OTHERWISE = {"gradient_checkpointing"}
+DECIDED_OTHERWISE = {
+    # TRL turns it on; here the packed rows and the tiled head make it a choice, and off is faster.
+    "gradient_checkpointing",
+    # The defaults that TRL had before transformers 5 spelled them otherwise (tests/settings/orpo_config_fields.tsv).
+    "fsdp",
+    "include_num_input_tokens_seen",
+    "lr_scheduler_kwargs",
+    "optim",
+    "report_to",
+}
 
 
 def default(field: dataclasses.Field[Any]) -> Any:
@@ -46,7 +54,7 @@ def test_defaults_are_trls() -> None:
         ({"unusable_rows": "ignore"}, "unusable_rows='ignore'"),
         ({"fp16": True, "bf16": True}, "exclude each other"),
         # What would otherwise be passed over in silence.
-        ({"load_best_model_at_end": True}, "load_best_model_at_end=True: orpo_ds does not do that"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True is refused"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"save_strategy": "best"}, "save_strategy='best'"),

@@ -1,0 +1,59 @@
+"""Rows of the fields about evaluations: when they happen, what they compute, which checkpoint was best."""
+
+from __future__ import annotations
+
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+
+_WHEN: tuple[Claim, ...] = (
+    Honoured("eval_strategy", "", "tests/test_trainer.py::test_strategies"),
+    Mapped("evaluation_strategy", "eval_strategy", "The same word."),
+    Honoured("eval_steps", "Below 1, a share of all steps.", "tests/test_trainer.py::test_strategies"),
+    Honoured("eval_delay", "Steps or epochs before the first evaluation.", ""),
+    Honoured("eval_on_start", "Evaluates before the first step.", "tests/test_trainer.py::test_strategies"),
+    Honoured(
+        "per_device_eval_batch_size",
+        "Memory and time of an evaluation; the result does not depend on it.",
+        "tests/test_evaluation.py::test_evaluation_is_exact_on_one_rank",
+    ),
+    Mapped("per_gpu_eval_batch_size", "per_device_eval_batch_size", "The same number."),
+)
+
+_WHAT: tuple[Claim, ...] = (
+    not_built("prediction_loss_only", "`predict` and `compute_metrics`"),
+    not_built("eval_accumulation_steps", "`predict` and `compute_metrics`"),
+    not_built("include_for_metrics", "`compute_metrics`"),
+    Mapped("include_inputs_for_metrics", "include_for_metrics", "`inputs` is added to the list."),
+    not_built("batch_eval_metrics", "`compute_metrics`"),
+    not_built("eval_do_concat_batches", "`compute_metrics`"),
+    not_built("eval_use_gather_object", "`compute_metrics`"),
+    not_built("generate_during_eval", "generation during an evaluation"),
+    Refused(
+        "past_index", "it carried the hidden state of Transformer-XL from batch to batch", "Leave it out."
+    ),
+    Refused(
+        "use_legacy_prediction_loop",
+        "there is one evaluation loop, and it is exact for any number of ranks",
+        "Leave it out.",
+    ),
+    Refused(
+        "label_names",
+        "the labels are the tokens of the pair, and no column has another name",
+        "Leave it out.",
+    ),
+)
+
+_BEST: tuple[Claim, ...] = (
+    not_built("load_best_model_at_end", "going back to the best checkpoint"),
+    Honoured(
+        "metric_for_best_model",
+        "What `reduce_lr_on_plateau` and `greedy` follow.",
+        "",
+    ),
+    Honoured("greater_is_better", "Whether a higher `metric_for_best_model` is the better one.", ""),
+)
+
+GROUPS = (
+    Group("When to evaluate", _WHEN),
+    Group("What an evaluation computes", _WHAT),
+    Group("The best checkpoint", _BEST),
+)

@@ -1,0 +1,101 @@
+"""Rows of the fields about devices, ranks, DeepSpeed and its rivals, and how data gets to the device."""
+
+from __future__ import annotations
+
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+
+_RANKS: tuple[Claim, ...] = (
+    Honoured(
+        "deepspeed",
+        "A preset's name, the path of a JSON file, or the settings themselves.",
+        "tests/test_config.py::test_presets_by_name_and_path",
+    ),
+    Honoured("local_rank", "Set by the launcher.", ""),
+    Honoured("ddp_timeout", "Seconds that a collective may take.", ""),
+    not_built("ddp_backend", "another backend of the process group than nccl on GPUs and gloo on CPUs"),
+    Mapped(
+        "ddp_find_unused_parameters",
+        "",
+        "DeepSpeed reduces zeros for a parameter without a gradient, whatever this says.",
+    ),
+    Refused(
+        "ddp_bucket_cap_mb",
+        "gradients are reduced by DeepSpeed",
+        "Set zero_optimization.reduce_bucket_size (in elements) in the DeepSpeed JSON.",
+    ),
+    Refused(
+        "ddp_broadcast_buffers",
+        "DeepSpeed broadcasts the model once, at the start",
+        "Leave it out.",
+        accepts=(False,),
+    ),
+    Refused("ddp_static_graph", "gradients are reduced by DeepSpeed", "Leave it out.", accepts=(False,)),
+    Refused(
+        "accelerator_config",
+        "batches are dealt to the ranks without accelerate",
+        "Leave it out; every rank gets its share of each global batch, and no sample is repeated.",
+    ),
+    Refused(
+        "parallelism_config",
+        "ranks are data-parallel, and DeepSpeed shards what they hold",
+        "Choose the ZeRO stage with `deepspeed`.",
+    ),
+    Refused("fsdp", "models are sharded by DeepSpeed", "Use deepspeed='zero3'.", accepts=(None, False, [])),
+    Refused("fsdp_config", "models are sharded by DeepSpeed", "Use deepspeed='zero3'.", accepts=({},)),
+    Refused("fsdp_min_num_params", "models are sharded by DeepSpeed", "Use deepspeed='zero3'."),
+    Refused(
+        "fsdp_transformer_layer_cls_to_wrap", "models are sharded by DeepSpeed", "Use deepspeed='zero3'."
+    ),
+    Refused("mp_parameters", "it belongs to SageMaker's model parallelism", "Use deepspeed='zero3'."),
+    Refused("ray_scope", "there is no hyperparameter search through Ray here", "Leave it out."),
+)
+
+_DEVICES: tuple[Claim, ...] = (
+    not_built("use_cpu", "leaving a GPU unused"),
+    Mapped("no_cuda", "use_cpu", "The same."),
+    Refused("use_mps_device", "DeepSpeed does not train on Apple's GPUs", "Leave it out; the CPU is used."),
+    Refused("use_ipex", "Intel has ended that extension; torch has its kernels", "Leave it out."),
+    Refused("tpu_num_cores", "DeepSpeed does not run on TPUs", "Train on GPUs or CPUs."),
+    Refused("tpu_metrics_debug", "DeepSpeed does not run on TPUs", "Leave it out."),
+    not_built("debug", "`underflow_overflow`", accepts=([], None)),
+)
+
+_LOADING: tuple[Claim, ...] = (
+    Honoured(
+        "dataloader_drop_last",
+        "Leaves out the last batch of an epoch if it is not full.",
+        "tests/data/test_batches.py::test_drop_last_leaves_out_what_does_not_fill_a_batch",
+    ),
+    Mapped(
+        "dataloader_num_workers",
+        "",
+        "Rows are tokenised beforehand; one background thread builds the micro-batches.",
+    ),
+    not_built("dataloader_prefetch_factor", "another depth of the background thread"),
+    not_built("dataloader_pin_memory", "copying without pinned memory"),
+    Mapped("dataloader_persistent_workers", "", "There are no worker processes: one background thread."),
+    Refused("dataloader_multiprocessing_context", "there are no worker processes", "Leave it out."),
+    Refused(
+        "dataloader_in_order",
+        "the batch of a step is always the same, so that a run can be resumed exactly",
+        "Leave it at True.",
+    ),
+    Mapped(
+        "remove_unused_columns",
+        "",
+        "Columns that a pair does not need stay in the dataset and never reach the model, whatever this says.",
+    ),
+)
+
+_SCRIPT: tuple[Claim, ...] = (
+    Honoured("do_train", "", ""),
+    Honoured("do_eval", "Also on when `eval_strategy` is.", ""),
+    not_built("do_predict", "`predict`"),
+)
+
+GROUPS = (
+    Group("Ranks, DeepSpeed and what it replaces", _RANKS),
+    Group("Devices", _DEVICES),
+    Group("Loading data", _LOADING),
+    Group("What `orpo-ds train` does", _SCRIPT),
+)

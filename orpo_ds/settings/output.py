@@ -1,0 +1,95 @@
+"""Rows of the fields about what a run leaves behind: checkpoints, logs, dashboards, the hub."""
+
+from __future__ import annotations
+
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+
+_CHECKPOINTS: tuple[Claim, ...] = (
+    Honoured(
+        "output_dir",
+        "Unset: `trainer_output`.",
+        "tests/test_config.py::test_the_file_may_name_model_and_data",
+    ),
+    Honoured(
+        "overwrite_output_dir",
+        "Moves an earlier run in `output_dir` aside.",
+        "tests/checkpoint/test_output_dir.py::test_overwrite_moves_results_aside_and_leaves_the_users_files",
+    ),
+    Honoured(
+        "save_strategy",
+        "",
+        "tests/test_trainer.py::test_strategies",
+        refuses={"best": "saving the best step only is not built yet. Use 'steps' or 'epoch'."},
+    ),
+    Honoured("save_steps", "Below 1, a share of all steps.", "tests/test_trainer.py::test_strategies"),
+    Honoured(
+        "save_total_limit",
+        "Keeps the newest that are whole.",
+        "tests/checkpoint/test_store.py::test_retention_keeps_the_newest_and_the_best",
+    ),
+    Refused("save_safetensors", "a model is written as safetensors, never as a pickle", "Leave it at True."),
+    not_built("save_on_each_node", "a copy of the model on each host"),
+    not_built("save_only_model", "a checkpoint without the optimizer"),
+    not_built("enable_jit_checkpoint", "a checkpoint when the cluster takes the machine back"),
+    Honoured(
+        "resume_from_checkpoint",
+        "True: the newest good one in `output_dir`; a path: that one.",
+        "tests/test_cli.py::test_resume_by_flag",
+    ),
+    not_built("ignore_data_skip", "a resume that begins with the first batch again"),
+    not_built("restore_callback_states_from_checkpoint", "callbacks that continue where they were"),
+)
+
+_LOGS: tuple[Claim, ...] = (
+    Honoured("logging_strategy", "", "tests/test_trainer.py::test_strategies"),
+    Honoured("logging_steps", "Below 1, a share of all steps.", "tests/test_trainer.py::test_strategies"),
+    Honoured("logging_first_step", "", "tests/test_trainer.py::test_strategies"),
+    Mapped(
+        "logging_nan_inf_filter",
+        "",
+        "There is nothing to filter: a loss that is not finite ends the run before the weights change.",
+    ),
+    not_built("log_level", "a log level of its own"),
+    not_built("log_level_replica", "a log level of the other ranks"),
+    not_built("log_on_each_node", "a log on each host"),
+    Honoured("disable_tqdm", "No progress bars, plain lines instead.", ""),
+    not_built("include_num_input_tokens_seen", "counting the tokens of the whole run", accepts=("no",)),
+    Mapped("include_tokens_per_second", "", "`tokens_per_s` is always logged."),
+    not_built("skip_memory_metrics", "transformers' memory metrics (`peak_memory_mib` is always logged)"),
+)
+
+_DASHBOARDS: tuple[Claim, ...] = (
+    Honoured("report_to", "W&B and all other dashboards of transformers, in the background.", ""),
+    Honoured("run_name", "Name of the run in the dashboards.", ""),
+    not_built("logging_dir", "a folder of one's own for TensorBoard"),
+    Honoured("project", "Of Trackio.", ""),
+    Honoured("trackio_space_id", "Of Trackio.", ""),
+    Honoured("trackio_bucket_id", "Of Trackio.", ""),
+    Honoured("trackio_static_space_id", "Of Trackio.", ""),
+)
+
+_HUB: tuple[Claim, ...] = (
+    not_built("push_to_hub", "uploading"),
+    not_built("hub_model_id", "uploading"),
+    not_built("hub_strategy", "uploading"),
+    not_built("hub_token", "uploading"),
+    not_built("hub_private_repo", "uploading"),
+    not_built("hub_always_push", "uploading"),
+    not_built("hub_revision", "uploading"),
+    Mapped(
+        "push_to_hub_model_id", "hub_model_id", "With `push_to_hub_organization` in front, if that is set."
+    ),
+    Mapped(
+        "push_to_hub_organization",
+        "hub_model_id",
+        "`organization/model`; without `push_to_hub_model_id`, the name of `output_dir`.",
+    ),
+    Mapped("push_to_hub_token", "hub_token", "The same token."),
+)
+
+GROUPS = (
+    Group("Checkpoints and the output folder", _CHECKPOINTS),
+    Group("Logs", _LOGS),
+    Group("Dashboards", _DASHBOARDS),
+    Group("The hub", _HUB),
+)

@@ -1,0 +1,189 @@
+"""Rows of the fields that decide what is learned: ORPO and its data, the length of the run, optimizer, precision."""
+
+from __future__ import annotations
+
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+
+_ORPO: tuple[Claim, ...] = (
+    Honoured(
+        "beta",
+        "Weight of the odds-ratio term (the paper's lambda).",
+        "tests/test_cli.py::test_flags_and_file_both_count",
+    ),
+    Honoured(
+        "nll_on_prompt",
+        "Whether the prompt's tokens count in the nll.",
+        "tests/data/test_feed.py::test_nll_on_responses_only",
+    ),
+    Honoured("disable_dropout", "Sets the model's own dropout to 0; that of LoRA stays.", ""),
+    Honoured(
+        "max_length", "Tokens of prompt and response together.", "tests/data/test_truncate.py::test_contract"
+    ),
+    Honoured(
+        "max_prompt_length",
+        "Tokens that the prompt of a pair that is too long may keep.",
+        "tests/data/test_truncate.py::test_contract",
+    ),
+    Honoured(
+        "max_completion_length",
+        "Tokens of a response of an encoder-decoder model.",
+        "tests/data/test_tokenize.py::test_encoder_decoder_ids_are_trls",
+    ),
+    Honoured(
+        "truncation_mode",
+        "Which end of a prompt survives.",
+        "tests/data/test_truncate.py::test_the_end_named_by_the_mode_survives",
+    ),
+    Honoured("unusable_rows", "Rows that cannot be trained on stop the run, or are dropped and counted.", ""),
+    Honoured("padding_value", "Token id of the padding, in the padded layout.", ""),
+    Refused(
+        "label_pad_token_id",
+        "labels are not padded: each token that the loss counts is listed by its place",
+        "Leave it out.",
+    ),
+    Honoured("is_encoder_decoder", "Must agree with the model.", ""),
+    Honoured("model_init_kwargs", "Keywords of `from_pretrained` for a model given by name.", ""),
+    Honoured("trust_remote_code", "Off unless asked for.", ""),
+    Honoured("chat_template_path", "A Jinja file, or the folder of a tokenizer.", ""),
+    Honoured("dataset_num_proc", "Processes that tokenise.", ""),
+    Honoured("dataset_cache_dir", "Where tokenised data is kept.", ""),
+    Honoured("layout", "Packed, padded, or what the check before step 0 finds.", ""),
+    Honoured("max_tokens_per_micro_batch", "Most tokens that a rank pushes through the model at once.", ""),
+    Honoured("logits_cache_mib", "MiB of logits kept from forward to backward.", ""),
+)
+
+_STEPS: tuple[Claim, ...] = (
+    Honoured(
+        "per_device_train_batch_size",
+        "Pairs a rank and accumulation step; the global batch is this x accumulation x ranks.",
+        "tests/test_config.py::test_batch_sizes",
+    ),
+    Mapped("per_gpu_train_batch_size", "per_device_train_batch_size", "The same number."),
+    Honoured(
+        "gradient_accumulation_steps",
+        "Multiplies the global batch; loss and gradient are those of one bigger batch.",
+        "tests/test_trainer.py::test_accumulation_equals_a_bigger_batch",
+    ),
+    Honoured("num_train_epochs", "May be a fraction.", "tests/test_trainer.py::test_strategies"),
+    Honoured("max_steps", "Above 0, wins over the epochs.", "tests/test_trainer.py::test_strategies"),
+    not_built("auto_find_batch_size", "a search for the largest micro-batch that fits"),
+    Refused(
+        "average_tokens_across_devices",
+        "the loss is always normalised over the tokens of the whole global batch",
+        "Leave it at True.",
+    ),
+    Honoured("seed", "Of the model's initialisation, of dropout, and of the order of the rows.", ""),
+    Honoured("data_seed", "Of the order of the rows, where it is to differ from `seed`.", ""),
+    Honoured("full_determinism", "Deterministic kernels, at the price of speed.", ""),
+    Honoured(
+        "train_sampling_strategy",
+        "`random` shuffles anew in each epoch, `sequential` keeps the dataset's order.",
+        "",
+        refuses={
+            "group_by_length": "batches of similar lengths are not built yet. Leave it out.",
+            "batch_rebalance": "the tokens of a batch are balanced over the ranks always. Use 'random'.",
+        },
+    ),
+    Mapped("group_by_length", "train_sampling_strategy", "`group_by_length`."),
+    Refused(
+        "length_column_name",
+        "the lengths of all pairs are known from tokenising, so no column is read",
+        "Leave it out.",
+    ),
+)
+
+_OPTIMIZER: tuple[Claim, ...] = (
+    Honoured("learning_rate", "The peak.", "tests/test_trainer.py::test_learning_rates"),
+    Honoured(
+        "lr_scheduler_type",
+        "All schedules of transformers.",
+        "tests/test_trainer.py::test_schedules_are_those_of_transformers",
+    ),
+    Honoured(
+        "lr_scheduler_kwargs",
+        "Keywords of the schedule.",
+        "tests/test_trainer.py::test_schedules_are_those_of_transformers",
+    ),
+    Honoured("warmup_steps", "Below 1, a share of all steps.", "tests/test_trainer.py::test_learning_rates"),
+    Mapped("warmup_ratio", "warmup_steps", "A share of all steps, as `warmup_steps` below 1."),
+    Honoured(
+        "optim",
+        "Optimizers of transformers; AdamW becomes DeepSpeed's CPU AdamW where its state is offloaded.",
+        "tests/test_trainer.py::test_optimizers_by_name",
+    ),
+    Mapped("adafactor", "optim", "`adafactor`."),
+    Honoured("optim_args", "Keywords of the optimizer, as `key=value,key=value`.", ""),
+    not_built("optim_target_modules", "an optimizer for some modules only"),
+    Honoured("adam_beta1", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
+    Honoured("adam_beta2", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
+    Honoured("adam_epsilon", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
+    Honoured(
+        "weight_decay",
+        "Biases and norms are not decayed, as in transformers.",
+        "tests/test_engine.py::test_decayed_parameters_are_those_of_transformers",
+    ),
+    Honoured("max_grad_norm", "DeepSpeed clips the norm of the global gradient.", ""),
+    Refused(
+        "label_smoothing_factor",
+        "ORPO's loss is of log-probabilities of the tokens as they are",
+        "Leave it out; `beta` weighs the two terms.",
+    ),
+    not_built("neftune_noise_alpha", "noise on the embeddings"),
+)
+
+_PRECISION: tuple[Claim, ...] = (
+    Honoured(
+        "bf16",
+        "Unset, the hardware decides: bfloat16 where it is native, else float32.",
+        "tests/test_config.py::test_bf16_is_settled_by_the_json_or_the_hardware",
+    ),
+    Honoured(
+        "fp16", "With a loss scale of DeepSpeed's.", "tests/test_trainer.py::test_fp16_finds_its_loss_scale"
+    ),
+    Mapped("half_precision_backend", "", "Mixed precision is DeepSpeed's own, by `bf16` or `fp16`."),
+    Mapped("fp16_backend", "", "Mixed precision is DeepSpeed's own, by `bf16` or `fp16`."),
+    Refused("fp16_opt_level", "it belongs to NVIDIA Apex, which is not used", "Use `fp16` or `bf16`."),
+    Honoured("tf32", "Turns TF32 products on or off; on, it needs a GPU that has them.", ""),
+    Refused(
+        "bf16_full_eval",
+        "an evaluation runs in the precision of the training",
+        "Set `bf16`, which evaluates in bfloat16 as well.",
+    ),
+    Refused(
+        "fp16_full_eval",
+        "an evaluation runs in the precision of the training",
+        "Set `fp16`, which evaluates in float16 as well.",
+    ),
+    Honoured(
+        "gradient_checkpointing",
+        "Recomputes activations in the backward pass. The same setting as `activation_checkpointing`.",
+        "tests/test_trainer.py::test_gradient_checkpointing_changes_nothing",
+    ),
+    Honoured("activation_checkpointing", "transformers 5's name of `gradient_checkpointing`.", ""),
+    Honoured(
+        "gradient_checkpointing_kwargs", "Of `gradient_checkpointing_enable`; not reentrant unless said.", ""
+    ),
+    Honoured(
+        "activation_checkpointing_kwargs", "transformers 5's name of `gradient_checkpointing_kwargs`.", ""
+    ),
+    not_built("torch_compile", "a compiled model"),
+    not_built("torch_compile_backend", "a compiled model"),
+    not_built("torch_compile_mode", "a compiled model"),
+    Mapped("torchdynamo", "torch_compile_backend", "The same name."),
+    Refused("jit_mode_eval", "it traced models for inference with IPEX", "Leave it out."),
+    not_built("use_liger_kernel", "Liger's layers"),
+    not_built("liger_kernel_config", "Liger's layers"),
+    Refused(
+        "use_cache",
+        "a cache of keys and values serves generation only and costs memory in training",
+        "Leave it out; the saved model has the cache on again.",
+    ),
+    not_built("torch_empty_cache_steps", "emptying the device's cache every so many steps"),
+)
+
+GROUPS = (
+    Group("ORPO and its data", _ORPO),
+    Group("Batches, steps and seeds", _STEPS),
+    Group("Optimizer and schedule", _OPTIMIZER),
+    Group("Precision, speed and memory", _PRECISION),
+)
