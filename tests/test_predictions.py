@@ -237,6 +237,16 @@ class TestSettings:
         trainer.evaluate(ignore_keys=["eval_logits/rejected"])
         np.testing.assert_array_equal(both[::2], kept.seen[-1].predictions)
 
+    def test_the_label_of_a_prompt(self, tmp_path: Path) -> None:
+        usual, _ = predictions_of(tmp_path / "usual", preprocess_logits_for_metrics=argmax)
+        minus_one, _ = predictions_of(
+            tmp_path / "other", preprocess_logits_for_metrics=argmax, label_pad_token_id=-1
+        )
+        assert (minus_one.label_ids[:, 0] == -1).all()
+        is_prompt = minus_one.label_ids == -1
+        assert (usual.label_ids[is_prompt] == -100).all()
+        np.testing.assert_array_equal(usual.label_ids[~is_prompt], minus_one.label_ids[~is_prompt])
+
     def test_objects_need_to_be_asked_for(self, tmp_path: Path) -> None:
         def words(logits: Tensor, labels: Tensor) -> str:
             return f"{labels.shape[1]} tokens"

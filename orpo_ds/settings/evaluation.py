@@ -19,13 +19,37 @@ _WHEN: tuple[Claim, ...] = (
 )
 
 _WHAT: tuple[Claim, ...] = (
-    not_built("prediction_loss_only", "`predict` and `compute_metrics`"),
-    not_built("eval_accumulation_steps", "`predict` and `compute_metrics`"),
-    not_built("include_for_metrics", "`compute_metrics`"),
+    Honoured(
+        "prediction_loss_only",
+        "No predictions are collected, and `compute_metrics` is not called.",
+        "tests/test_predictions.py::test_loss_only",
+    ),
+    Honoured(
+        "eval_accumulation_steps",
+        "Batches whose predictions stay on the device before they go to the host. Unset: one.",
+        "tests/test_predictions.py::test_accumulation_on_the_device",
+    ),
+    Honoured(
+        "include_for_metrics",
+        "`inputs`: token ids; `loss`: the loss of every pair by itself.",
+        "tests/test_predictions.py::test_preprocess_sees_the_logits_of_the_model",
+    ),
     Mapped("include_inputs_for_metrics", "include_for_metrics", "`inputs` is added to the list."),
-    not_built("batch_eval_metrics", "`compute_metrics`"),
-    not_built("eval_do_concat_batches", "`compute_metrics`"),
-    not_built("eval_use_gather_object", "`compute_metrics`"),
+    Honoured(
+        "batch_eval_metrics",
+        "`compute_metrics` is called after each batch, with `compute_result=True` after the last.",
+        "tests/test_predictions.py::test_metrics_batch_by_batch",
+    ),
+    Honoured(
+        "eval_do_concat_batches",
+        "Off: predictions are lists with an array a batch.",
+        "tests/test_predictions.py::test_batches_apart",
+    ),
+    Honoured(
+        "eval_use_gather_object",
+        "`preprocess_logits_for_metrics` may return other things than tensors.",
+        "tests/test_predictions.py::test_objects_need_to_be_asked_for",
+    ),
     not_built("generate_during_eval", "generation during an evaluation"),
     Refused(
         "past_index", "it carried the hidden state of Transformer-XL from batch to batch", "Leave it out."

@@ -36,10 +36,10 @@ _ORPO: tuple[Claim, ...] = (
     ),
     Honoured("unusable_rows", "Rows that cannot be trained on stop the run, or are dropped and counted.", ""),
     Honoured("padding_value", "Token id of the padding, in the padded layout.", ""),
-    Refused(
+    Honoured(
         "label_pad_token_id",
-        "labels are not padded: each token that the loss counts is listed by its place",
-        "Leave it out.",
+        "Label of the prompt's tokens, in what `compute_metrics` is given.",
+        "tests/test_predictions.py::test_the_label_of_a_prompt",
     ),
     Honoured("is_encoder_decoder", "Must agree with the model.", ""),
     Honoured("model_init_kwargs", "Keywords of `from_pretrained` for a model given by name.", ""),
