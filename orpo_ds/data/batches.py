@@ -91,20 +91,25 @@ class GlobalBatches:
         return indices
 
     def _permutation(self, epoch: int) -> NDArray[np.integer]:
-        """Order of the dataset in this epoch, [num_pairs].
-
-        Sorting by random keys, and not `permutation()` or `torch.randperm`: NumPy promises that the raw
-        stream of a bit generator never changes (NEP 19), and neither library promises that of its shuffles.
-        So a run that resumes after an upgrade goes on in the same order.
-        """
+        """Order of the dataset in this epoch, [num_pairs]."""
         cached = self._cached  # one read: the prefetch thread and the trainer may both be here
         if cached is not None and cached[0] == epoch:
             return cached[1]
-        digest = hashlib.sha256(f"{self.seed}/{epoch}/{self.fingerprint}".encode()).digest()
-        keys = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(self.num_pairs)
-        order = np.argsort(keys, kind="stable").astype(np.min_scalar_type(-self.num_pairs))
+        order = random_order(self.num_pairs, key=f"{self.seed}/{epoch}/{self.fingerprint}")
         self._cached = (epoch, order)
         return order
+
+
+def random_order(count: int, *, key: str) -> NDArray[np.integer]:
+    """A permutation of `range(count)`, [count], that a key decides.
+
+    Sorting by random keys, and not `permutation()` or `torch.randperm`: NumPy promises that the raw stream of a bit
+    generator never changes (NEP 19), and neither library promises that of its shuffles. So a run that resumes after an
+    upgrade goes on in the same order.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    keys = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(count)
+    return np.argsort(keys, kind="stable").astype(np.min_scalar_type(-count))
 
 
 def causal_scores(trunk: Lengths, chosen: Lengths, rejected: Lengths) -> Lengths:

@@ -50,6 +50,8 @@ __all__ = [
     "cache_entry",
     "tokenize_dataset",
     "tokenize_pair",
+    "tokenize_rows",
+    "tokenizer_hash",
 ]
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,42 @@ def tokenize_pair(
     """
     [encoded] = _encode([preference], processing_class=processing_class, options=options)
     return _assemble(encoded, processing_class=processing_class, options=options, row_number=row_number)
+
+
+def tokenize_rows(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    numbers: Sequence[int],
+    processing_class: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+) -> list[TokenPair | RowError]:
+    """Tokenise many rows at once: a fast tokenizer uses all cores for a long list of texts.
+
+    Args:
+        rows: in any shape of `orpo_ds.data.preference`.
+        numbers: of the rows, for messages.
+        processing_class: the tokenizer.
+        options: limits and model kind.
+
+    Returns:
+        For every row its pair, or why it cannot be used.
+    """
+    found: dict[int, TokenPair | RowError] = {}
+    preferences: dict[int, Preference] = {}
+    for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+        try:
+            preferences[place] = to_preference(row, processing_class=processing_class, row_number=number)
+        except RowError as error:
+            found[place] = error
+    encoded_rows = _encode(list(preferences.values()), processing_class=processing_class, options=options)
+    for place, encoded in zip(preferences, encoded_rows, strict=True):
+        try:
+            found[place] = _assemble(
+                encoded, processing_class=processing_class, options=options, row_number=numbers[place]
+            )
+        except RowError as error:
+            found[place] = error
+    return [found[place] for place in range(len(rows))]
 
 
 def tokenize_dataset(
@@ -160,7 +198,7 @@ def cache_entry(
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds"
     parts = {
         "rows": rows._fingerprint,
-        "tokenizer": _tokenizer_hash(processing_class),
+        "tokenizer": tokenizer_hash(processing_class),
         "options": asdict(options),
         "code": [Path(__file__).with_name(source).read_text() for source in SOURCES],
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -176,32 +214,12 @@ class _TokenizeBatch:
         self.options = options
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        preferences: dict[int, Preference] = {}
-        lines: dict[int, dict[str, Any]] = {}
-        for position, row_number in enumerate(indices):
-            row = {name: values[position] for name, values in batch.items()}
-            try:
-                preferences[row_number] = to_preference(
-                    row, processing_class=self.processing_class, row_number=row_number
-                )
-            except RowError as error:
-                lines[row_number] = _refused_line(error)
-        encoded_rows = _encode(
-            list(preferences.values()), processing_class=self.processing_class, options=self.options
+        rows = [{name: values[place] for name, values in batch.items()} for place in range(len(indices))]
+        tokenized = tokenize_rows(
+            rows, numbers=indices, processing_class=self.processing_class, options=self.options
         )
-        for row_number, encoded in zip(preferences, encoded_rows, strict=True):
-            try:
-                lines[row_number] = _line(
-                    _assemble(
-                        encoded,
-                        processing_class=self.processing_class,
-                        options=self.options,
-                        row_number=row_number,
-                    )
-                )
-            except RowError as error:
-                lines[row_number] = _refused_line(error)
-        return {name: [lines[row_number][name] for row_number in indices] for name in FEATURES}
+        lines = [_refused_line(one) if isinstance(one, RowError) else _line(one) for one in tokenized]
+        return {name: [line[name] for line in lines] for name in FEATURES}
 
 
 def _line(pair: TokenPair) -> dict[str, Any]:
@@ -363,7 +381,7 @@ def _first_numbers(numbers: Sequence[int]) -> str:
     return shown + (", …" if len(numbers) > 10 else "")
 
 
-def _tokenizer_hash(processing_class: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(processing_class: PreTrainedTokenizerBase) -> str:
     """Hash of what the tokenizer is (vocabulary, rules, special tokens, template), not where it came from."""
     kind = type(processing_class)
     settings = {
