@@ -148,6 +148,10 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     dataset_cache_dir: str | None = field(
         default=None, metadata={"help": "Where tokenised data is kept. Unset: datasets' own cache."}
     )
+    dataset_shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "Rows of a streamed dataset that are held in memory and shuffled with each other."},
+    )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A Jinja file, or a tokenizer folder, whose chat template is used."}
     )
@@ -202,6 +206,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             "max_prompt_length",
             "max_completion_length",
             "max_tokens_per_micro_batch",
+            "dataset_shuffle_buffer",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",

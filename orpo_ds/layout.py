@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from orpo_ds import distributed
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.batches import CostModel
-from orpo_ds.data.feed import Feed, Layout
+from orpo_ds.data.feed import Feed, Layout, PairSource
 from orpo_ds.data.packing import pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
-from orpo_ds.data.tokenize import TokenDataset, TokenPair
+from orpo_ds.data.tokenize import TokenPair
 from orpo_ds.model.anatomy import ModelParts
 from orpo_ds.model.attention import packed_attention_enabled
 from orpo_ds.model.load import padding_id
@@ -52,7 +52,7 @@ class RunLayout:
         """The attention of this layout; what the model had before is restored afterwards."""
         return packed_attention_enabled(self.parts.model) if self.packed else nullcontext()
 
-    def feed(self, dataset: TokenDataset, *, max_tokens: int | None) -> Feed:
+    def feed(self, dataset: PairSource, *, max_tokens: int | None) -> Feed:
         """This rank's view of a dataset.
 
         Args:

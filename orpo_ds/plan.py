@@ -8,11 +8,14 @@ from transformers.trainer_callback import TrainerState
 
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.batches import GlobalBatches
+from orpo_ds.data.token_stream import TokenStream
 from orpo_ds.data.tokenize import TokenDataset
 
 
-def training_batches(args: ORPOConfig, dataset: TokenDataset) -> GlobalBatches:
+def training_batches(args: ORPOConfig, dataset: TokenDataset | TokenStream) -> GlobalBatches | TokenStream:
     """The global batches of a training, the same for any number of ranks."""
+    if isinstance(dataset, TokenStream):
+        return dataset
     return GlobalBatches(
         num_pairs=len(dataset),
         global_batch_size=args.global_batch_size,
@@ -23,7 +26,7 @@ def training_batches(args: ORPOConfig, dataset: TokenDataset) -> GlobalBatches:
     )
 
 
-def plan_training(state: TrainerState, args: ORPOConfig, batches: GlobalBatches) -> None:
+def plan_training(state: TrainerState, args: ORPOConfig, batches: GlobalBatches | TokenStream) -> None:
     """Write into `state` how many steps there are, and how often to log, evaluate and save."""
     if args.max_steps > 0:
         state.max_steps = args.max_steps

@@ -1,4 +1,4 @@
-"""From what the user passed to what the loop needs: a model with its tokenizer, and tokenised datasets."""
+"""From what the user passed to what the loop needs: a model with its tokenizer. `prepare_data.py` does the datasets."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import enable_full_determinism
 
 from orpo_ds.config import ORPOConfig
-from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
 from orpo_ds.engine import check_offload
 from orpo_ds.model.load import (
     check_vocabulary,
     disable_dropout,
-    embedding_rows,
     load_model,
     load_tokenizer,
     use_chat_template,
 )
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_COMPLETION_LENGTH = 128  # TRL's default for encoder-decoder models
 
 
 def prepare_model(
@@ -134,33 +129,3 @@ def prepare_tokenizer(
         use_chat_template(processing_class, args.chat_template_path)
     check_vocabulary(model, processing_class)
     return processing_class
-
-
-def prepare_dataset(
-    rows: Dataset, *, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: ORPOConfig
-) -> TokenDataset:
-    """Tokenise a dataset, or open what an earlier start or another rank has tokenised."""
-    prompt_limit = args.max_prompt_length
-    if prompt_limit is not None and args.max_length is not None and prompt_limit >= args.max_length:
-        logger.warning(
-            "max_prompt_length=%d leaves a response no room in max_length=%d: half of max_length is used",
-            prompt_limit,
-            args.max_length,
-        )
-        prompt_limit = None
-    options = TokenizeOptions(
-        max_length=args.max_length,
-        max_prompt_length=prompt_limit,
-        truncation_mode=args.truncation_mode,
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        max_completion_length=args.max_completion_length or DEFAULT_COMPLETION_LENGTH,
-        vocab_size=embedding_rows(model),
-    )
-    return tokenize_dataset(
-        rows,
-        processing_class=tokenizer,
-        options=options,
-        unusable=args.unusable_rows,
-        cache_dir=args.dataset_cache_dir,
-        num_proc=args.dataset_num_proc,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from orpo_ds.checkpoint import (
 )
 from orpo_ds.checkpoint.engine_state import load_engine, save_engine
 from orpo_ds.config import ORPOConfig
+from orpo_ds.data.token_stream import TokenStream
+from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine
 from orpo_ds.redact import redact
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
+STREAM_POSITION = "stream_position.json"
 
 
 class RunCheckpoints:
@@ -83,13 +87,13 @@ class RunCheckpoints:
             config=redact(self.args.to_dict()),
         )
 
-    def save(self, engine: Engine, state: TrainerState, *, dataset_fingerprint: str) -> Path:
+    def save(self, engine: Engine, state: TrainerState, *, dataset: TokenDataset | TokenStream) -> Path:
         """Write a verified `checkpoint-<step>` from which the run continues bit for bit.
 
         Args:
             engine: weights, optimizer state and schedule.
             state: of the run.
-            dataset_fingerprint: of the training set.
+            dataset: the training set.
 
         Raises:
             CheckpointSaveError: on all ranks; nothing of the checkpoint is left.
@@ -100,14 +104,17 @@ class RunCheckpoints:
             save_rank_state(folder, self.ranks)
             if distributed.is_main():
                 state.save_to_json(str(folder / TRAINER_STATE))
+                if isinstance(dataset, TokenStream):
+                    position = dataset.position(state.global_step)
+                    (folder / STREAM_POSITION).write_text(json.dumps(position))
 
-        path = self.store.save(write, self._metadata(state, dataset_fingerprint))
+        path = self.store.save(write, self._metadata(state, dataset.fingerprint))
         best = state.best_model_checkpoint
         self.store.prune(keep=[] if best is None else [Path(best)])
         return path
 
     def save_or_go_on(
-        self, engine: Engine, state: TrainerState, *, dataset_fingerprint: str, last: bool
+        self, engine: Engine, state: TrainerState, *, dataset: TokenDataset | TokenStream, last: bool
     ) -> bool:
         """Save; when that fails (disk full), train on to a save that works, unless this was the `last` one.
 
@@ -118,7 +125,7 @@ class RunCheckpoints:
             CheckpointSaveError: no later step will save.
         """
         try:
-            self.save(engine, state, dataset_fingerprint=dataset_fingerprint)
+            self.save(engine, state, dataset=dataset)
         except CheckpointSaveError as error:
             if last:
                 raise
@@ -127,19 +134,27 @@ class RunCheckpoints:
             return False
         return True
 
-    def restore(self, source: Path, engine: Engine, state: TrainerState) -> TrainerState:
-        """Continue from a verified checkpoint: engine, schedule and random generators.
+    def restore(
+        self, source: Path, engine: Engine, state: TrainerState, *, dataset: TokenDataset | TokenStream
+    ) -> TrainerState:
+        """Continue from a verified checkpoint: engine, schedule, random generators and a stream's position.
 
         Args:
             source: what `claim` returned.
             engine: just built.
             state: of this process, with the length of the run.
+            dataset: the training set.
 
         Returns:
             The state of the run at the checkpoint.
+
+        Raises:
+            ValueError: the stream has other rows than it had then.
         """
         load_engine(engine.deepspeed, source, scheduler=engine.scheduler)
         load_rank_state(source, self.ranks)
+        if isinstance(dataset, TokenStream):
+            dataset.seek(json.loads((source / STREAM_POSITION).read_text()))
         saved = TrainerState.load_from_json(str(source / TRAINER_STATE))
         saved.is_local_process_zero = state.is_local_process_zero
         saved.is_world_process_zero = state.is_world_process_zero

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import (
     DefaultFlowCallback,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from orpo_ds import distributed
 from orpo_ds.checkpoint import job_ranks
 from orpo_ds.checkpoint.engine_state import check_engine
 from orpo_ds.config import ORPOConfig
+from orpo_ds.data.token_stream import TokenStream
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
 from orpo_ds.evaluation import Evaluation
@@ -41,7 +41,8 @@ from orpo_ds.monitor.report import reporting_callbacks
 from orpo_ds.plan import plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
-from orpo_ds.prepare import prepare_dataset, prepare_model, prepare_tokenizer, training_dtype
+from orpo_ds.prepare import prepare_model, prepare_tokenizer, training_dtype
+from orpo_ds.prepare_data import Rows, prepare_dataset, prepare_training_set
 from orpo_ds.saving import RunCheckpoints
 from orpo_ds.step import NonFiniteLossError, train_step
 from orpo_ds.watch import Watch
@@ -56,7 +57,8 @@ class ORPOTrainer:
         model: a model, or the folder or hub id of one. Loaded by name under ZeRO-3, each rank holds only its shard.
         args: settings; default ones write into `trainer_output`.
         data_collator: None, or TRL's own: pairs are laid out by orpo_ds (`orpo_ds.layout`).
-        train_dataset: rows with `prompt`, `chosen`, `rejected` (see `orpo_ds.data.preference`).
+        train_dataset: rows with `prompt`, `chosen`, `rejected` (see `orpo_ds.data.preference`); streamed ones need
+            `args.max_steps`.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; by default the model's own.
         model_init: makes the model, in place of `model`.
@@ -75,8 +77,8 @@ class ORPOTrainer:
         model: PreTrainedModel | str | None = None,
         args: ORPOConfig | None = None,
         data_collator: Any | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         model_init: Callable[[], PreTrainedModel] | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
@@ -92,7 +94,9 @@ class ORPOTrainer:
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.model = prepare_model(model, args=self.args, model_init=model_init, peft_config=peft_config)
         self.processing_class = prepare_tokenizer(processing_class, model=self.model, args=self.args)
-        self.train_dataset = None if train_dataset is None else self._prepared(train_dataset)
+        self.train_dataset = prepare_training_set(
+            train_dataset, tokenizer=self.processing_class, model=self.model, args=self.args
+        )
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         self.eval_datasets = {name: self._prepared(rows) for name, rows in named.items() if rows is not None}
         self.policy = OrpoPolicy(self.model, beta=self.args.beta, logits_cache_mib=self.args.logits_cache_mib)
@@ -122,7 +126,7 @@ class ORPOTrainer:
         )
         self._event("on_init_end")
 
-    def _prepared(self, rows: Dataset) -> TokenDataset:
+    def _prepared(self, rows: Rows) -> TokenDataset:
         return prepare_dataset(rows, tokenizer=self.processing_class, model=self.model, args=self.args)
 
     # ------------------------------------------------------------------ training
@@ -149,7 +153,9 @@ class ORPOTrainer:
             raise ValueError(
                 "this trainer has trained already: make a new ORPOTrainer, with an output_dir of its own."
             )
-        source = self.checkpoints.claim(resume_from_checkpoint, dataset_fingerprint=self._fingerprint)
+        source = self.checkpoints.claim(
+            resume_from_checkpoint, dataset_fingerprint=self.train_dataset.fingerprint
+        )
         self._owns_output_dir = True
         self._ready_engine()
         if source is not None:
@@ -276,8 +282,9 @@ class ORPOTrainer:
         return self.engine
 
     def _choose_layout(self) -> RunLayout:
-        dataset = self.train_dataset or next(iter(self.eval_datasets.values()))
-        return choose_layout(self.policy, args=self.args, tokenizer=self.processing_class, example=dataset[0])
+        dataset = self.train_dataset
+        example = next(iter(self.eval_datasets.values())).example if dataset is None else dataset.example
+        return choose_layout(self.policy, args=self.args, tokenizer=self.processing_class, example=example)
 
     @property
     def _layout(self) -> RunLayout:
@@ -287,14 +294,14 @@ class ORPOTrainer:
     # ------------------------------------------------------------------ checkpoints
 
     @property
-    def _fingerprint(self) -> str:
+    def _training_set(self) -> TokenDataset | TokenStream:
         assert self.train_dataset is not None
-        return self.train_dataset.fingerprint
+        return self.train_dataset
 
     def save_checkpoint(self) -> Path:
         """Write a verified `checkpoint-<step>` from which the run continues bit for bit. All ranks call it."""
         assert self.engine is not None, "there is nothing to save before train()"
-        path = self.checkpoints.save(self.engine, self.state, dataset_fingerprint=self._fingerprint)
+        path = self.checkpoints.save(self.engine, self.state, dataset=self._training_set)
         self._event("on_save")
         return path
 
@@ -302,14 +309,16 @@ class ORPOTrainer:
         saved = self.checkpoints.save_or_go_on(
             self._ready_engine(),
             self.state,
-            dataset_fingerprint=self._fingerprint,
+            dataset=self._training_set,
             last=self.control.should_training_stop or self.state.global_step == self.state.max_steps,
         )
         if saved:
             self._event("on_save")
 
     def _restore(self, source: Path) -> None:
-        self.state = self.checkpoints.restore(source, self._ready_engine(), self.state)
+        self.state = self.checkpoints.restore(
+            source, self._ready_engine(), self.state, dataset=self._training_set
+        )
         if distributed.is_main():
             self.metrics_file.rewind(self.state.global_step)
 
@@ -317,7 +326,7 @@ class ORPOTrainer:
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        eval_dataset: Rows | dict[str, Rows] | str | None = None,
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -349,7 +358,7 @@ class ORPOTrainer:
 
     def predict(
         self,
-        test_dataset: Dataset,
+        test_dataset: Rows,
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
@@ -372,7 +381,7 @@ class ORPOTrainer:
         self._event("on_predict", metrics=output.metrics)
         return output
 
-    def _sets_to_evaluate(self, given: Dataset | dict[str, Dataset] | str | None) -> dict[str, TokenDataset]:
+    def _sets_to_evaluate(self, given: Rows | dict[str, Rows] | str | None) -> dict[str, TokenDataset]:
         """By name; without a name where there is one."""
         if isinstance(given, str):
             if given not in self.eval_datasets:
@@ -419,7 +428,7 @@ class ORPOTrainer:
         dataset = self.train_dataset
         return {
             "dataset_fingerprint": None if dataset is None else dataset.fingerprint,
-            "train_pairs": 0 if dataset is None else len(dataset),
+            "train_pairs": len(dataset) if isinstance(dataset, TokenDataset) else None,
             "world_size": distributed.world_size(),
             "global_batch_size": self.args.global_batch_size,
             "zero_stage": self.args.zero_stage,

@@ -21,7 +21,7 @@ from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import pad_pairs, reference_step
 from tests.parity.tokenizer import tiny_tokenizer
 from tests.test_evaluation import evaluation_errors
-from tests.trainer_worker import BATCH_SIZES, LORA, TRAINED_STEPS
+from tests.trainer_worker import BATCH_SIZES, LORA, TRAINED_STEPS, stream
 from tests.trainer_worker import SETTINGS as WORKER_SETTINGS
 
 TOLERANCE = 1e-5  # fp32 sums in another order, against float64
@@ -111,6 +111,17 @@ class TestTwoRanks:
         together = {name: value - before[name] for name, value in seen["by_name"]["parameters"].items()}
         # The change itself is compared, so a step that does nothing cannot pass.
         assert largest_difference(together, moved) <= 1e-4
+
+    def test_a_stream_trains_the_same_on_one_rank(self, seen: dict[str, Any], tmp_path: Path) -> None:
+        changes = WORKER_SETTINGS | {"per_device_train_batch_size": 4, "deepspeed": "zero0"}
+        alone = small_runs.trainer(tmp_path / "run", train_dataset=stream(), **changes)
+        alone.train()
+        together, apart = (
+            [line["loss"] for line in history if "loss" in line]
+            for history in (seen["streamed"]["history"], alone.state.log_history)
+        )
+        assert together == pytest.approx(apart, rel=TOLERANCE)
+        assert len(together) == TRAINED_STEPS
 
     def test_ranks_log_the_same(self, seen: dict[str, Any]) -> None:
         first, second = seen["model_steps_of_all_ranks"]

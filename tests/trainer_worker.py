@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,6 +118,19 @@ def adapters(folder: Path) -> dict[str, Any]:
     }
 
 
+def streamed(folder: Path) -> dict[str, Any]:
+    """Rows of unknown number, which each rank reads for itself."""
+    settings = small_runs.settings(folder / "streamed", **SETTINGS)
+    trainer = ORPOTrainer(str(folder / "model"), settings, train_dataset=stream())
+    trainer.train()
+    return {"history": trainer.state.log_history}
+
+
+def stream() -> IterableDataset:
+    """More rows than are trained on, in shards."""
+    return small_runs.dataset(30).to_iterable_dataset(num_shards=3)
+
+
 def blow_up(folder: Path) -> dict[str, Any]:
     """A learning rate that makes the second step's loss NaN: what each rank says of it."""
     changes = SETTINGS | {"learning_rate": 1e30, "save_strategy": "steps", "save_steps": 1}
@@ -134,6 +148,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "by_name": by_name,
     "evaluations": evaluations,
     "adapters": adapters,
+    "streamed": streamed,
     "blow_up": blow_up,
 }
 

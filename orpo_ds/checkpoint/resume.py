@@ -30,7 +30,8 @@ COMPARED_BY_NAME = {
 # fmt: off
 REFUSED_FIELDS = frozenset({
     "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "chat_template_path", "data_seed",
-    "dataloader_drop_last", "disable_dropout", "fp16", "is_encoder_decoder", "label_pad_token_id",
+    "dataloader_drop_last", "dataset_shuffle_buffer", "disable_dropout", "fp16", "is_encoder_decoder",
+    "label_pad_token_id",
     "label_smoothing_factor", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
     "max_completion_length", "max_grad_norm", "max_length", "max_prompt_length", "neftune_noise_alpha",
     "nll_on_prompt", "optim", "optim_args", "optim_target_modules", "padding_value",

@@ -102,6 +102,11 @@ class TokenDataset:
     def release(self, pairs: Sequence[int]) -> None:
         """Nothing to let go of: the pairs are on disk (`orpo_ds.data.feed.PairSource`)."""
 
+    @property
+    def example(self) -> TokenPair:
+        """One of the pairs."""
+        return self[0]
+
     def __iter__(self) -> Iterator[TokenPair]:
         return (self[index] for index in range(len(self)))
 

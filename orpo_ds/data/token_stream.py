@@ -53,8 +53,10 @@ class TokenStream:
         seed: of the order.
         block_rows: rows that are held and shuffled among each other, see `RowStream`.
         shuffle: False keeps the source's order.
+        steps: of the whole run, which is the only epoch that a stream knows (as in transformers).
 
     Attributes:
+        example: one of its pairs.
         fingerprint: hash of the first rows, the tokenizer and the options.
         refused: reason -> how many rows could not be used so far.
         row_numbers: index of a pair that is held -> number of its row in its epoch.
@@ -74,7 +76,9 @@ class TokenStream:
         seed: int,
         block_rows: int,
         shuffle: bool = True,
+        steps: int,
     ) -> None:
+        self.steps_per_epoch = steps
         self._processing_class = processing_class
         self._options = options
         self._unusable = unusable

@@ -34,7 +34,11 @@ _ORPO: tuple[Claim, ...] = (
         "Which end of a prompt survives.",
         "tests/data/test_truncate.py::test_the_end_named_by_the_mode_survives",
     ),
-    Honoured("unusable_rows", "Rows that cannot be trained on stop the run, or are dropped and counted.", ""),
+    Honoured(
+        "unusable_rows",
+        "Rows that cannot be trained on stop the run, or are dropped and counted.",
+        "tests/data/test_token_dataset.py::test_unusable_rows_are_dropped_on_request",
+    ),
     Honoured("padding_value", "Token id of the padding, in the padded layout.", ""),
     Honoured(
         "label_pad_token_id",
@@ -47,6 +51,11 @@ _ORPO: tuple[Claim, ...] = (
     Honoured("chat_template_path", "A Jinja file, or the folder of a tokenizer.", ""),
     Honoured("dataset_num_proc", "Processes that tokenise.", ""),
     Honoured("dataset_cache_dir", "Where tokenised data is kept.", ""),
+    Honoured(
+        "dataset_shuffle_buffer",
+        "Rows of a streamed dataset that are held in memory and shuffled with each other.",
+        "tests/test_prepare_data.py::test_the_settings_reach_the_stream",
+    ),
     Honoured("layout", "Packed, padded, or what the check before step 0 finds.", ""),
     Honoured("max_tokens_per_micro_batch", "Most tokens that a rank pushes through the model at once.", ""),
     Honoured("logits_cache_mib", "MiB of logits kept from forward to backward.", ""),
