@@ -121,7 +121,9 @@ def useful_flops(shape: str, token_ids: Sequence[TokenIds]) -> float:
         chosen.append(len(row["chosen_input_ids"]) - shared)
         rejected.append(len(row["rejected_input_ids"]) - shared)
         start.append(row["chosen_labels"].count(IGNORED))
-    lengths = PairLengths(*(np.array(values, dtype=np.int32) for values in (trunk, chosen, rejected, start)))
+    lengths = PairLengths(
+        *(np.array(values, dtype=np.int32) for values in (trunk, chosen, rejected, start, [0] * len(trunk)))
+    )
     return UsefulFlops(size, lengths, nll_on_prompt=True)(range(len(token_ids)))
 
 

@@ -9,18 +9,17 @@ import deepspeed
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from orpo_ds import distributed
 from orpo_ds.checkpoint import CheckpointSaveError, job_ranks
 from orpo_ds.checkpoint.ranks import TogetherError, free_bytes, on_main
+from orpo_ds.data.processing import ProcessingClass
 
 PARTIAL_NAME = ".tmp-model"
 
 
-def save_pretrained(
-    model: PreTrainedModel, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+def save_pretrained(model: PreTrainedModel, folder: str | Path, *, tokenizer: ProcessingClass | None) -> None:
     """Write weights (safetensors), config, generation config, and the tokenizer with its chat template.
 
     All ranks call it; the main process writes. Under ZeRO-3 one parameter at a time is gathered and copied to the main
@@ -30,7 +29,7 @@ def save_pretrained(
     Args:
         model: inside or outside an engine.
         folder: created if it does not exist.
-        tokenizer: saved beside the weights.
+        tokenizer: or processor; saved beside the weights.
 
     Raises:
         CheckpointSaveError: on all ranks, when the files could not be written; what `folder` held is untouched.
@@ -50,7 +49,7 @@ def _write(
     target: Path,
     *,
     state: dict[str, Tensor] | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: ProcessingClass | None,
 ) -> None:
     partial = target / PARTIAL_NAME
     use_cache, model.config.use_cache = model.config.use_cache, True

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
 
 from orpo_ds import distributed
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.batches import CostModel
 from orpo_ds.data.feed import Feed, Layout, PairSource
+from orpo_ds.data.image_inputs import pad_with_images, without_ids
 from orpo_ds.data.packing import pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
+from orpo_ds.data.processing import ProcessingClass, tokenizer_of
 from orpo_ds.data.tokenize import TokenPair
 from orpo_ds.model.anatomy import ModelParts
 from orpo_ds.model.attention import packed_attention_enabled
 from orpo_ds.model.load import padding_id
-from orpo_ds.model.selfcheck import check_head, check_packing
+from orpo_ds.model.selfcheck import PackingVerdict, check_head, check_packing
 from orpo_ds.model.size import measure
 from orpo_ds.policy import OrpoPolicy
 
@@ -35,13 +36,13 @@ class RunLayout:
         packed: one row of trunks and branches; otherwise two padded rows a pair.
         parts: anatomy of the model.
         args: the run's settings.
-        tokenizer: knows what to pad with.
+        processing_class: knows what to pad with.
     """
 
     packed: bool
     parts: ModelParts
     args: ORPOConfig
-    tokenizer: PreTrainedTokenizerBase
+    processing_class: ProcessingClass
 
     @property
     def nll_on_prompt(self) -> bool:
@@ -58,11 +59,14 @@ class RunLayout:
         Args:
             dataset: token pairs.
             max_tokens: budget of a micro-batch; None: a rank's share of a batch is one micro-batch.
+
+        Raises:
+            ValueError: its prompts have images, and the run is packed.
         """
         size = measure(self.parts)
         return Feed(
             dataset=dataset,
-            layout=self._tensors(),
+            layout=self._tensors(dataset),
             padded=not self.packed,
             cost_model=CostModel.of_model(
                 body_parameters=size.body_parameters,
@@ -77,15 +81,31 @@ class RunLayout:
             max_tokens=max_tokens,
         )
 
-    def _tensors(self) -> Layout:
-        nll_on_prompt = self.nll_on_prompt
+    def _tensors(self, dataset: PairSource) -> Layout:
+        nll_on_prompt, images = self.nll_on_prompt, dataset.images
         if self.packed:
+            if images is not None:
+                raise ValueError(
+                    "this dataset has images, and the run is in the packed layout: it was chosen for text alone. Give "
+                    "this dataset to ORPOTrainer, or set layout='padded'"
+                )
             return lambda pairs, ids: pack(pairs, pair_ids=ids, nll_on_prompt=nll_on_prompt)
-        pad_id = padding_id(self.tokenizer, padding_value=self.args.padding_value)
+        pad_id = padding_id(tokenizer_of(self.processing_class), padding_value=self.args.padding_value)
         if self.parts.is_encoder_decoder:
             start = self.parts.model.config.decoder_start_token_id
             return lambda pairs, ids: pad_encoder_decoder(
                 pairs, pair_ids=ids, pad_token_id=pad_id, decoder_start_token_id=start
+            )
+        if images is not None:
+            companion = dataset[images.companion]
+            prompt = companion.chosen[: companion.chosen_start]
+            return lambda pairs, ids: pad_with_images(
+                pairs,
+                pair_ids=ids,
+                images=images,
+                companion=prompt,
+                pad_token_id=pad_id,
+                nll_on_prompt=nll_on_prompt,
             )
         return lambda pairs, ids: pad(pairs, pair_ids=ids, pad_token_id=pad_id, nll_on_prompt=nll_on_prompt)
 
@@ -114,28 +134,38 @@ def check_collator(collator: object) -> None:
 
 
 def choose_layout(
-    policy: OrpoPolicy, *, args: ORPOConfig, tokenizer: PreTrainedTokenizerBase, example: TokenPair
+    policy: OrpoPolicy, *, args: ORPOConfig, processing_class: ProcessingClass, datasets: Sequence[PairSource]
 ) -> RunLayout:
     """Find out, on a pair of the user's own data and on the user's own model, whether packed rows are exact.
+
+    Prompts with images train padded: their positions and masks are made by the model from the rows that it is given.
 
     Args:
         policy: in its engine.
         args: `layout` says what the user wishes.
-        tokenizer: of the model.
-        example: a pair.
+        processing_class: of the model.
+        datasets: those that this run trains on or evaluates; one at least.
 
     Raises:
         ValueError: packing was asked for and is not exact on this model, or the head is not read exactly.
     """
-    packed = _is_packed(policy, wish=args.layout, example=example)
-    return RunLayout(packed=packed, parts=policy.parts, args=args, tokenizer=tokenizer)
+    images = next((dataset.images for dataset in datasets if dataset.images is not None), None)
+    example = datasets[0].example
+    if images is not None:
+        example = without_ids(example, images.token_ids)
+    packed = _is_packed(policy, wish=args.layout, example=example, has_images=images is not None)
+    return RunLayout(packed=packed, parts=policy.parts, args=args, processing_class=processing_class)
 
 
-def _is_packed(policy: OrpoPolicy, *, wish: str, example: TokenPair) -> bool:
+def _is_packed(policy: OrpoPolicy, *, wish: str, example: TokenPair, has_images: bool) -> bool:
     if wish == "padded" or policy.parts.is_encoder_decoder:
         check_head(policy.parts, policy.head, example)
         return False
-    verdict = check_packing(policy.parts, policy.head, example)
+    if has_images:
+        check_head(policy.parts, policy.head, example)
+        verdict = PackingVerdict(False, "The prompts have images.")
+    else:
+        verdict = check_packing(policy.parts, policy.head, example)
     if verdict.ok:
         return True
     if wish == "packed":

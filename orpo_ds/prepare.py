@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import enable_full_determinism
 
 from orpo_ds.config import ORPOConfig
+from orpo_ds.data.processing import ProcessingClass, tokenizer_of
 from orpo_ds.engine import check_offload
 from orpo_ds.model.load import (
     check_vocabulary,
     disable_dropout,
     load_model,
-    load_tokenizer,
+    load_processing,
+    reads_images,
     use_chat_template,
 )
 
@@ -101,10 +103,10 @@ def add_adapters(model: PreTrainedModel, peft_config: Any, *, args: ORPOConfig) 
     return wrapped
 
 
-def prepare_tokenizer(
-    processing_class: PreTrainedTokenizerBase | None, *, model: PreTrainedModel, args: ORPOConfig
-) -> PreTrainedTokenizerBase:
-    """The user's tokenizer, or the model's own, with the chat template of the run.
+def prepare_processing(
+    processing_class: ProcessingClass | None, *, model: PreTrainedModel, args: ORPOConfig
+) -> ProcessingClass:
+    """The user's tokenizer or processor, or the model's own, with the chat template of the run.
 
     Raises:
         ValueError: it knows ids that the model has no embedding for, there is none, or it cannot be loaded.
@@ -117,8 +119,11 @@ def prepare_tokenizer(
             )
         revision = args.model_keywords.get("revision")
         try:
-            processing_class = load_tokenizer(
-                name, revision=revision, trust_remote_code=args.trust_remote_code
+            processing_class = load_processing(
+                name,
+                revision=revision,
+                trust_remote_code=args.trust_remote_code,
+                reads_images=reads_images(model.config),
             )
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -127,5 +132,5 @@ def prepare_tokenizer(
             ) from error
     if args.chat_template_path is not None:
         use_chat_template(processing_class, args.chat_template_path)
-    check_vocabulary(model, processing_class)
+    check_vocabulary(model, tokenizer_of(processing_class))
     return processing_class

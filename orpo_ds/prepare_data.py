@@ -8,10 +8,11 @@ from typing import TypeAlias
 
 import datasets
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from orpo_ds import distributed
 from orpo_ds.config import ORPOConfig
+from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.data.token_stream import TokenStream, read_whole
 from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
 from orpo_ds.model.load import embedding_rows
@@ -26,7 +27,7 @@ DEFAULT_COMPLETION_LENGTH = 128  # TRL's default for encoder-decoder models
 def prepare_training_set(
     rows: Rows | None,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     model: PreTrainedModel,
     args: ORPOConfig,
 ) -> TokenDataset | TokenStream | None:
@@ -39,11 +40,11 @@ def prepare_training_set(
     if rows is None:
         return None
     if not isinstance(rows, IterableDataset):
-        return prepare_dataset(rows, tokenizer=tokenizer, model=model, args=args)
+        return prepare_dataset(rows, processing_class=processing_class, model=model, args=args)
     _check_stream_settings(args)
     stream = TokenStream(
         rows,
-        processing_class=tokenizer,
+        processing_class=processing_class,
         options=tokenize_options(args, model=model),
         unusable=args.unusable_rows,
         global_batch_size=args.global_batch_size,
@@ -63,7 +64,7 @@ def prepare_training_set(
 def prepare_dataset(
     rows: Rows,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     model: PreTrainedModel,
     args: ORPOConfig,
 ) -> TokenDataset:
@@ -73,7 +74,7 @@ def prepare_dataset(
         rows = read_whole(rows, folder=cache / "streamed")
     return tokenize_dataset(
         rows,
-        processing_class=tokenizer,
+        processing_class=processing_class,
         options=tokenize_options(args, model=model),
         unusable=args.unusable_rows,
         cache_dir=args.dataset_cache_dir,

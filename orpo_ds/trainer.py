@@ -17,7 +17,6 @@ import torch
 from transformers import (
     DefaultFlowCallback,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -29,6 +28,7 @@ from orpo_ds import distributed
 from orpo_ds.checkpoint import job_ranks
 from orpo_ds.checkpoint.engine_state import check_engine
 from orpo_ds.config import ORPOConfig
+from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.data.token_stream import TokenStream
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
@@ -41,7 +41,7 @@ from orpo_ds.monitor.report import reporting_callbacks
 from orpo_ds.plan import plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
-from orpo_ds.prepare import prepare_model, prepare_tokenizer, training_dtype
+from orpo_ds.prepare import prepare_model, prepare_processing, training_dtype
 from orpo_ds.prepare_data import Rows, prepare_dataset, prepare_training_set
 from orpo_ds.saving import RunCheckpoints
 from orpo_ds.step import NonFiniteLossError, train_step
@@ -60,7 +60,7 @@ class ORPOTrainer:
         train_dataset: rows with `prompt`, `chosen`, `rejected` (see `orpo_ds.data.preference`); streamed ones need
             `args.max_steps`.
         eval_dataset: the same, or several by name.
-        processing_class: the tokenizer; by default the model's own.
+        processing_class: the tokenizer, or for prompts with images the processor; by default the model's own.
         model_init: makes the model, in place of `model`.
         callbacks: transformers callbacks, beside those of `args.report_to` and the progress bar.
         optimizers: an optimizer and a schedule of one's own, either may be None.
@@ -79,7 +79,7 @@ class ORPOTrainer:
         data_collator: Any | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: ProcessingClass | None = None,
         model_init: Callable[[], PreTrainedModel] | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         optimizers: tuple[torch.optim.Optimizer | None, Any | None] = (None, None),
@@ -93,9 +93,9 @@ class ORPOTrainer:
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.model = prepare_model(model, args=self.args, model_init=model_init, peft_config=peft_config)
-        self.processing_class = prepare_tokenizer(processing_class, model=self.model, args=self.args)
+        self.processing_class = prepare_processing(processing_class, model=self.model, args=self.args)
         self.train_dataset = prepare_training_set(
-            train_dataset, tokenizer=self.processing_class, model=self.model, args=self.args
+            train_dataset, processing_class=self.processing_class, model=self.model, args=self.args
         )
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         self.eval_datasets = {name: self._prepared(rows) for name, rows in named.items() if rows is not None}
@@ -127,7 +127,7 @@ class ORPOTrainer:
         self._event("on_init_end")
 
     def _prepared(self, rows: Rows) -> TokenDataset:
-        return prepare_dataset(rows, tokenizer=self.processing_class, model=self.model, args=self.args)
+        return prepare_dataset(rows, processing_class=self.processing_class, model=self.model, args=self.args)
 
     # ------------------------------------------------------------------ training
 
@@ -282,9 +282,10 @@ class ORPOTrainer:
         return self.engine
 
     def _choose_layout(self) -> RunLayout:
-        dataset = self.train_dataset
-        example = next(iter(self.eval_datasets.values())).example if dataset is None else dataset.example
-        return choose_layout(self.policy, args=self.args, tokenizer=self.processing_class, example=example)
+        known = [*([] if self.train_dataset is None else [self.train_dataset]), *self.eval_datasets.values()]
+        return choose_layout(
+            self.policy, args=self.args, processing_class=self.processing_class, datasets=known
+        )
 
     @property
     def _layout(self) -> RunLayout:

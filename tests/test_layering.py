@@ -34,8 +34,8 @@ ROOMS = [
     Room("model", frozenset({"data"}), frozenset({"torch", "transformers", "peft"})),
     Room("policy", frozenset({"data", "loss", "model"}), frozenset({"torch", "transformers", "peft"})),
 ]
-# Tokenizers are all that the data may know of transformers.
-TRANSFORMERS_FOR_DATA = {"PreTrainedTokenizerBase", "PreTrainedTokenizerFast", "ProcessorMixin"}
+# Tokenizers and processors are all that the data may know of transformers.
+TRANSFORMERS_FOR_DATA = {"PreTrainedTokenizerBase", "PreTrainedTokenizerFast", "ProcessorMixin", "load_image"}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from orpo_ds.data.batches import CostModel, PairCost, plan_micro_batches
+from orpo_ds.data.image_inputs import ImageInputs
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.data.prefetch import MicroBatchLoader
 from orpo_ds.data.token_dataset import PairLengths
@@ -35,9 +36,16 @@ class LengthsByPair(Protocol):
 class PairSource(Protocol):
     """What the feed asks of a dataset: a `TokenDataset` on disk, or the `TokenStream` of one without a length."""
 
+    images: ImageInputs | None
+    """Of the pairs that have some, where any has."""
+
     @property
     def lengths(self) -> LengthsByPair:
         """Tokens of the pairs."""
+
+    @property
+    def example(self) -> TokenPair:
+        """One of the pairs."""
 
     def __len__(self) -> int:
         """Pairs there are; a stream does not know and raises TypeError."""

@@ -115,6 +115,8 @@ class MicroBatch:
             trunks save.
         decoder_input_ids: int64 [B, S_dec], encoder-decoder models only. `rows.index` then points into the
             flattened output of the decoder.
+        image_inputs: what a vision-language model is given beside the ids (`pixel_values` and so on), by name; None
+            for text. Then a batch is padded.
     """
 
     input_ids: Tensor
@@ -127,6 +129,7 @@ class MicroBatch:
     real_tokens: int
     unshared_tokens: int
     decoder_input_ids: Tensor | None = None
+    image_inputs: dict[str, Any] | None = None
 
     def map_tensors(self, apply: Callable[[Tensor], Tensor]) -> MicroBatch:
         """The same micro-batch with `apply` of every tensor in it, those of `layout` and `rows` included."""
@@ -134,6 +137,10 @@ class MicroBatch:
         def visit(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return apply(value)
+            if isinstance(value, dict):
+                return {name: visit(held) for name, held in value.items()}
+            if isinstance(value, list):
+                return [visit(held) for held in value]
             if is_dataclass(value) and not isinstance(value, type):
                 return replace(
                     value, **{field.name: visit(getattr(value, field.name)) for field in fields(value)}
@@ -215,7 +222,7 @@ def pack(pairs: Sequence[TokenPair], *, pair_ids: Sequence[int], nll_on_prompt: 
 
 def count_targets(pair: TokenPair, nll_on_prompt: bool) -> int:
     """Nll tokens of the pair: those tokens of the chosen sequence that count and have a token before them."""
-    return len(pair.chosen) - (1 if nll_on_prompt else max(pair.chosen_start, 1))
+    return len(pair.chosen) - (1 + pair.image_tokens if nll_on_prompt else max(pair.chosen_start, 1))
 
 
 def target_rows(
@@ -269,6 +276,22 @@ def target_rows(
         rejected_pair=rejected_pair[order],
         chosen_len=chosen_len,
         rejected_len=rejected_len,
+    )
+
+
+def without_labels(rows: TargetRows, ids: Sequence[int]) -> TargetRows:
+    """The target rows less those of the nll with one of these labels; responses have none of them."""
+    counted = rows.nll & ~torch.isin(rows.label, torch.tensor(ids))
+    needed = counted | (rows.chosen_pair != NO_PAIR) | (rows.rejected_pair != NO_PAIR)
+    if not len(rows.chosen_len):
+        return rows  # no pairs, and one row that counts for nothing
+    return replace(
+        rows,
+        index=rows.index[needed],
+        label=rows.label[needed],
+        nll=counted[needed],
+        chosen_pair=rows.chosen_pair[needed],
+        rejected_pair=rows.rejected_pair[needed],
     )
 
 

@@ -18,7 +18,12 @@ from orpo_ds.data.truncate import TokenPair
 
 
 def pad(
-    pairs: Sequence[TokenPair], *, pair_ids: Sequence[int], pad_token_id: int, nll_on_prompt: bool = True
+    pairs: Sequence[TokenPair],
+    *,
+    pair_ids: Sequence[int],
+    pad_token_id: int,
+    nll_on_prompt: bool = True,
+    companion: Sequence[int] | None = None,
 ) -> MicroBatch:
     """Lay P pairs side by side, `input_ids` [2P, S] with S the longest sequence.
 
@@ -27,14 +32,19 @@ def pad(
         pair_ids: dataset index of every pair.
         pad_token_id: fills the rows on the right. Any id will do: it is masked, and no target row touches it.
         nll_on_prompt: see `packing.pack`.
+        companion: ids of one more row, the last, that no target row points to (see `orpo_ds.data.vision`).
     """
     if not pairs:
-        return _empty(torch.tensor([[pad_token_id]]))
+        return _empty(torch.tensor([[pad_token_id] if companion is None else [*companion]]))
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    input_ids, attention_mask = _rectangle(sequences, pad_token_id)
+    tokens = sum(len(sequence) for sequence in sequences)
+    input_ids, attention_mask = _rectangle(
+        sequences if companion is None else [*sequences, companion], pad_token_id
+    )
     sizes = PairSizes.of(pairs)
     chosen_row, rejected_row = (torch.arange(len(sequences)) * input_ids.shape[1]).chunk(2)
-    tokens = int(attention_mask.sum())
+    token_weight = attention_mask.float()
+    token_weight[len(sequences) :] = 0.0
     return MicroBatch(
         input_ids=input_ids,
         position_ids=_positions(input_ids),
@@ -47,7 +57,7 @@ def pad(
             branch_row=rejected_row,
             nll_on_prompt=nll_on_prompt,
         ),
-        token_weight=attention_mask.float(),
+        token_weight=token_weight,
         pair_ids=tuple(pair_ids),
         real_tokens=tokens,
         unshared_tokens=tokens,
@@ -121,15 +131,15 @@ def _positions(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 
-def _empty(token: Tensor) -> MicroBatch:
-    """One token [1, 1] that weighs nothing; it is not masked, because a softmax over no key is NaN."""
+def _empty(tokens: Tensor) -> MicroBatch:
+    """Tokens [1, S] that weigh nothing; they are not masked, because a softmax over no key is NaN."""
     return MicroBatch(
-        input_ids=token,
-        position_ids=torch.zeros_like(token),
-        attention_mask=torch.ones_like(token),
+        input_ids=tokens,
+        position_ids=_positions(tokens),
+        attention_mask=torch.ones_like(tokens),
         layout=None,
         rows=no_target_rows(),
-        token_weight=torch.zeros(1, 1),
+        token_weight=torch.zeros_like(tokens, dtype=torch.float32),
         pair_ids=(),
         real_tokens=0,
         unshared_tokens=0,

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+
+from orpo_ds.data.processing import ProcessingClass, tokenizer_of
 
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]  # a standard or a conversational value
@@ -43,6 +44,9 @@ Reason: TypeAlias = Literal[
     "identical_responses",
     "no_room_for_response",
     "id_beyond_vocabulary",
+    "image_mismatch",
+    "image_in_response",
+    "unreadable_image",
 ]
 
 
@@ -90,7 +94,7 @@ def check_columns(columns: Sequence[str]) -> None:
 
 
 def to_preference(
-    row: Mapping[str, Any], *, processing_class: PreTrainedTokenizerBase, row_number: int
+    row: Mapping[str, Any], *, processing_class: ProcessingClass, row_number: int
 ) -> Preference:
     """Bring one row of any of the four shapes to text.
 
@@ -100,14 +104,14 @@ def to_preference(
 
     Args:
         row: the row; values as `datasets` gives them.
-        processing_class: the tokenizer whose template renders conversations.
+        processing_class: the tokenizer or processor whose template renders conversations.
         row_number: number of the row in the dataset, for messages.
 
     Raises:
         RowError: the row cannot be used.
         ValueError: the row is conversational and the tokenizer has no chat template.
     """
-    prompt, chosen, rejected = _prompt_and_responses(row, row_number)
+    prompt, chosen, rejected = prompt_and_responses(row, row_number)
     if chosen == rejected:
         raise RowError(
             reason="identical_responses", row=row_number, detail="chosen and rejected are the same text"
@@ -125,7 +129,7 @@ def to_preference(
     _check_conversation(prompt, chosen, rejected, row_number)
     if processing_class.chat_template is None:
         raise ValueError(
-            f"row {row_number} is a conversation, and the tokenizer {processing_class.name_or_path!r} has no "
+            f"row {row_number} is a conversation, and {tokenizer_of(processing_class).name_or_path!r} has no "
             "chat template. Set chat_template_path to a Jinja file or to a model whose tokenizer has one"
         )
     return _render(
@@ -141,8 +145,12 @@ def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return min(len(first), len(second))
 
 
-def _prompt_and_responses(row: Mapping[str, Any], row_number: int) -> tuple[Text, Text, Text]:
-    """The three values of a row, all strings or all conversations; an implicit prompt is split off."""
+def prompt_and_responses(row: Mapping[str, Any], row_number: int) -> tuple[Text, Text, Text]:
+    """The three values of a row, all strings or all conversations; an implicit prompt is split off.
+
+    Raises:
+        RowError: a value is missing, of another type, or of another format than the others.
+    """
     chosen = _text(row, name="chosen", row_number=row_number)
     rejected = _text(row, name="rejected", row_number=row_number)
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -265,7 +273,9 @@ def _check_conversation(
 
 def _says_something(message: Message) -> bool:
     content = message["content"]
-    return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
+    if isinstance(content, list):  # of parts
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return bool(content and content.strip()) or bool(message.get("tool_calls"))
 
 
 def _render(
@@ -274,7 +284,7 @@ def _render(
     rejected: list[Message],
     *,
     row: Mapping[str, Any],
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     row_number: int,
 ) -> Preference:
     """Apply the chat template to the prompt and to both full conversations."""

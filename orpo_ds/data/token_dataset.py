@@ -27,6 +27,7 @@ import pyarrow as pa
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from orpo_ds.data.image_inputs import ImageInputs
 from orpo_ds.data.truncate import TokenPair
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,21 @@ FEATURES = datasets.Features(
         "chosen_start": datasets.Value("int32"),
         "rejected_start": datasets.Value("int32"),
         "trunk": datasets.Value("int32"),
+        "image_tokens": datasets.Value("int32"),  # of the prompt, after its first token
+        "images": datasets.Value("string"),  # hash of the pixels; the rows keep the images
         "reason": datasets.Value("string"),
         "detail": datasets.Value("string"),
     }
 )
 
 INDEX_BATCH_ROWS = 10_000
-LENGTHS = ("trunk", "chosen", "rejected", "chosen_start")  # the fields of PairLengths, a file each
+LENGTHS = (
+    "trunk",
+    "chosen",
+    "rejected",
+    "chosen_start",
+    "image_tokens",
+)  # the fields of PairLengths, a file each
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,14 @@ class PairLengths:
         chosen: int32 [N], tokens of the chosen branch (after the trunk).
         rejected: int32 [N], tokens of the rejected branch.
         chosen_start: int32 [N], index of the chosen response's first token in trunk + chosen branch.
+        image_tokens: int32 [N], tokens of the prompt, after the first, that stand for an image: none is in the nll.
     """
 
     trunk: NDArray[np.int32]
     chosen: NDArray[np.int32]
     rejected: NDArray[np.int32]
     chosen_start: NDArray[np.int32]
+    image_tokens: NDArray[np.int32]
 
     def of(self, pairs: Sequence[int]) -> PairLengths:
         """Those of these pairs (dataset indices), in their order."""
@@ -70,8 +81,8 @@ class PairLengths:
 
     def nll_tokens(self, *, nll_on_prompt: bool) -> NDArray[np.int64]:
         """Tokens that the nll counts in each pair, [N]: `packing.count_targets` without reading ids."""
-        first = np.int64(1) if nll_on_prompt else np.maximum(self.chosen_start, 1)
-        return self.trunk.astype(np.int64) + self.chosen - first
+        skipped = 1 + self.image_tokens if nll_on_prompt else np.maximum(self.chosen_start, 1)
+        return self.trunk.astype(np.int64) + self.chosen - skipped
 
 
 class TokenDataset:
@@ -83,6 +94,7 @@ class TokenDataset:
         fingerprint: hash of the ids themselves; the same on every machine.
         refused: reason -> numbers of the rows that could not be used.
         example_details: reason -> what was wrong with the first of them.
+        images: of the pairs that have some, where any has; whoever has the rows sets it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,6 +107,7 @@ class TokenDataset:
         self.fingerprint: str = manifest["fingerprint"]
         self.refused: dict[str, list[int]] = manifest["refused"]
         self.example_details: dict[str, str] = manifest["example_details"]
+        self.images: ImageInputs | None = None
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -119,6 +132,8 @@ class TokenDataset:
             chosen_start=line["chosen_start"],
             rejected_start=line["rejected_start"],
             trunk=trunk,
+            image_tokens=line["image_tokens"],
+            images=line["images"],
         )
 
 
@@ -167,12 +182,15 @@ def _write_index(folder: Path, lines: datasets.Dataset) -> None:
             digest.update(_as_numpy(columns[name].value_lengths()).tobytes())
         for name in ("chosen_start", "rejected_start", "trunk"):
             digest.update(_as_numpy(columns[name]).tobytes())
+        for image in columns["images"].drop_null().to_pylist():
+            digest.update(image.encode())
 
         usable = _as_numpy(columns["reason"].is_null())
         trunk = _as_numpy(columns["trunk"])
         kept["rows"].append(first_row + np.flatnonzero(usable).astype(np.int64))
         kept["trunk"].append(trunk[usable])
         kept["chosen_start"].append(_as_numpy(columns["chosen_start"])[usable])
+        kept["image_tokens"].append(_as_numpy(columns["image_tokens"])[usable])
         kept["chosen"].append((_as_numpy(columns["chosen"].value_lengths()) - trunk)[usable])
         kept["rejected"].append(_as_numpy(columns["rejected_branch"].value_lengths())[usable])
         for offset in np.flatnonzero(~usable).tolist():

@@ -24,12 +24,15 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from transformers import PreTrainedTokenizerBase
+from transformers import ProcessorMixin
 
+from orpo_ds.data.image_inputs import ImageInputs
+from orpo_ds.data.images import IMAGE_COLUMNS
 from orpo_ds.data.preference import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, RowError, check_columns
+from orpo_ds.data.processing import ProcessingClass, processing_hash
 from orpo_ds.data.row_stream import Row, RowStream, StreamPosition, hash_rows
 from orpo_ds.data.token_dataset import PairLengths
-from orpo_ds.data.tokenize import tokenize_rows, tokenizer_hash
+from orpo_ds.data.tokenize import check_images, tokenize_rows
 from orpo_ds.data.truncate import TokenizeOptions, TokenPair
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class TokenStream:
 
     Args:
         rows: the source, in any shape of `orpo_ds.data.preference`; the same on every rank.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer, or the processor for text.
         options: limits and model kind.
         unusable: stop at a row that cannot be used, or pass it over with a warning.
         global_batch_size: pairs of one optimizer step, over all ranks.
@@ -69,7 +72,7 @@ class TokenStream:
         self,
         rows: datasets.IterableDataset,
         *,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: ProcessingClass,
         options: TokenizeOptions,
         unusable: Literal["error", "drop"],
         global_batch_size: int,
@@ -92,8 +95,10 @@ class TokenStream:
 
         rows = rows.with_format(None)
         first = _first_rows(rows)
+        self.images: ImageInputs | None = None
+        _check_images(next(iter(rows)), processing_class=processing_class, options=options)
         self.example = self._example(first)
-        parts = [hash_rows(first), tokenizer_hash(processing_class), asdict(options), block_rows, shuffle]
+        parts = [hash_rows(first), processing_hash(processing_class), asdict(options), block_rows, shuffle]
         self.fingerprint = "stream:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self._rows = RowStream(rows, columns=COLUMNS, seed=seed, block_rows=block_rows, shuffle=shuffle)
         self._positions[0] = self._rows.position
@@ -118,6 +123,7 @@ class TokenStream:
             chosen=np.array([len(pair.chosen) - pair.trunk for pair in held], dtype=np.int32),
             rejected=np.array([len(pair.rejected) - pair.trunk for pair in held], dtype=np.int32),
             chosen_start=np.array([pair.chosen_start for pair in held], dtype=np.int32),
+            image_tokens=np.array([pair.image_tokens for pair in held], dtype=np.int32),
         )
 
     def pairs(self, step: int) -> list[int]:
@@ -203,6 +209,14 @@ def _first_rows(rows: datasets.IterableDataset) -> list[Row]:
         raise ValueError("the dataset has no rows: nothing to train on. Check the files and the split")
     check_columns(list(first[0]))
     return [_known(row) for row in first]
+
+
+def _check_images(row: Row, *, processing_class: ProcessingClass, options: TokenizeOptions) -> None:
+    """Images are made ready from rows that can be read again, and those of a stream are gone."""
+    processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+    check_images(list(row), processor=processor, options=options)
+    if processor is not None and any(name in row for name in IMAGE_COLUMNS):
+        raise ValueError("prompts with images cannot be streamed: load the dataset without streaming")
 
 
 def _known(row: Row) -> Row:

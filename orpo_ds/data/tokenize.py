@@ -15,11 +15,9 @@ another rank or another job maps the same files into memory instead of tokenisin
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +26,10 @@ from typing import Any, Literal
 import datasets
 import tokenizers
 import transformers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from orpo_ds.data.image_inputs import ImageInputs
+from orpo_ds.data.images import IMAGE_COLUMNS, has_image_parts
 from orpo_ds.data.preference import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
@@ -39,8 +39,10 @@ from orpo_ds.data.preference import (
     common_prefix_length,
     to_preference,
 )
+from orpo_ds.data.processing import ProcessingClass, processing_hash, tokenizer_of
 from orpo_ds.data.token_dataset import FEATURES, PairLengths, TokenDataset, build_once
 from orpo_ds.data.truncate import TokenizeOptions, TokenPair, truncate_pair
+from orpo_ds.data.vision import Encoded, SeenImages, image_token, look_at
 
 __all__ = [
     "PairLengths",
@@ -51,16 +53,16 @@ __all__ = [
     "tokenize_dataset",
     "tokenize_pair",
     "tokenize_rows",
-    "tokenizer_hash",
 ]
 
 logger = logging.getLogger(__name__)
 
 # The files of this package that decide the ids and how they are laid out on disk.
-SOURCES = ("preference.py", "token_dataset.py", "tokenize.py", "truncate.py")
+SOURCES = ("images.py", "preference.py", "token_dataset.py", "tokenize.py", "truncate.py", "vision.py")
 
 # Rows a worker holds as Python lists at one time: 10^5 to 10^6 ids, enough for the tokenizer's threads.
 MAP_BATCH_ROWS = 256
+IMAGE_BATCH_ROWS = 16  # of a vision dataset: a batch is what is lost when a worker runs out of memory
 
 
 def tokenize_pair(
@@ -82,36 +84,55 @@ def tokenize_pair(
 
 
 def tokenize_rows(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | datasets.Dataset,
     *,
     numbers: Sequence[int],
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     options: TokenizeOptions,
 ) -> list[TokenPair | RowError]:
     """Tokenise many rows at once: a fast tokenizer uses all cores for a long list of texts.
 
     Args:
-        rows: in any shape of `orpo_ds.data.preference`.
+        rows: in any shape of `orpo_ds.data.preference`. With a processor they are read one at a time, because the
+            images of all may not fit into memory.
         numbers: of the rows, for messages.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer, or the processor of rows with images.
         options: limits and model kind.
 
     Returns:
         For every row its pair, or why it cannot be used.
+
+    Raises:
+        ValueError: see `to_preference`; also a message with an image for a tokenizer.
     """
+    tokenizer = tokenizer_of(processing_class)
     found: dict[int, TokenPair | RowError] = {}
     preferences: dict[int, Preference] = {}
-    for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+    seen: dict[int, SeenImages] = {}
+    for place, number in enumerate(numbers):
         try:
-            preferences[place] = to_preference(row, processing_class=processing_class, row_number=number)
+            if isinstance(processing_class, ProcessorMixin):
+                preferences[place], seen[place] = look_at(
+                    rows, place, processor=processing_class, row_number=number
+                )
+            else:
+                preferences[place] = to_preference(
+                    _without_images(rows[place], number), processing_class=processing_class, row_number=number
+                )
         except RowError as error:
             found[place] = error
-    encoded_rows = _encode(list(preferences.values()), processing_class=processing_class, options=options)
+    encoded_rows = _encode(list(preferences.values()), processing_class=tokenizer, options=options)
     for place, encoded in zip(preferences, encoded_rows, strict=True):
+        images = seen.get(place)
         try:
-            found[place] = _assemble(
-                encoded, processing_class=processing_class, options=options, row_number=numbers[place]
+            pair = _assemble(
+                encoded if images is None else images.expand(encoded),
+                processing_class=tokenizer,
+                options=options,
+                row_number=numbers[place],
+                whole_prompt=images is not None and images.prompt is not None,
             )
+            found[place] = pair if images is None else images.note(pair)
         except RowError as error:
             found[place] = error
     return [found[place] for place in range(len(rows))]
@@ -120,7 +141,7 @@ def tokenize_rows(
 def tokenize_dataset(
     rows: datasets.Dataset,
     *,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     options: TokenizeOptions,
     unusable: Literal["error", "drop"],
     cache_dir: str | Path | None = None,
@@ -134,7 +155,7 @@ def tokenize_dataset(
 
     Args:
         rows: a map-style dataset in any shape of `orpo_ds.data.preference`; other columns are ignored.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer; or the processor, and then rows may have images.
         options: limits and model kind.
         unusable: refuse the dataset when it has rows that cannot be used, or drop them with a warning. Both
             count them by reason.
@@ -143,7 +164,7 @@ def tokenize_dataset(
 
     Raises:
         ValueError: no rows, no such columns, unusable rows under "error", no usable row at all, no chat
-            template for conversations, no EOS token, or text that is not UTF-8.
+            template for conversations, no EOS token, or text that is not UTF-8; images for a tokenizer.
     """
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(
@@ -153,20 +174,24 @@ def tokenize_dataset(
     check_columns(rows.column_names)
     if len(rows) == 0:
         raise ValueError("the dataset has no rows: nothing to train on. Check the file and the split")
+    processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+    check_images(rows.column_names, processor=processor, options=options)
     if not options.is_encoder_decoder:
-        _eos_token_id(processing_class)
+        _eos_token_id(tokenizer_of(processing_class))
     entry = cache_entry(rows, processing_class=processing_class, options=options, cache_dir=cache_dir)
-    known = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in rows.column_names]
+    wanted = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *(IMAGE_COLUMNS if processor is not None else ()))
+    known = [name for name in wanted if name in rows.column_names]
     rows = rows.select_columns(known).with_format(None)
+    given = rows if processor is None else rows.select_columns(["chosen"])  # `map` would decode all images
 
     def tokenize_into(folder: Path) -> datasets.Dataset:
         try:
-            return rows.map(
-                _TokenizeBatch(processing_class, options),
+            return given.map(
+                _TokenizeBatch(processing_class, options, rows=rows),
                 with_indices=True,
                 batched=True,
-                batch_size=MAP_BATCH_ROWS,
-                remove_columns=known,
+                batch_size=MAP_BATCH_ROWS if processor is None else IMAGE_BATCH_ROWS,
+                remove_columns=given.column_names,
                 features=FEATURES,
                 cache_file_name=str(folder / "pairs.arrow"),
                 load_from_cache_file=False,
@@ -179,13 +204,47 @@ def tokenize_dataset(
 
     tokenized = build_once(entry, tokenize_into)
     _report_unusable(tokenized, unusable=unusable, num_rows=len(rows))
+    if processor is not None and tokenized.lengths.image_tokens.any():
+        tokenized.images = ImageInputs(
+            rows, tokenized.row_numbers, tokenized.lengths.image_tokens, processor=processor
+        )
     return tokenized
+
+
+def check_images(
+    columns: Sequence[str], *, processor: ProcessorMixin | None, options: TokenizeOptions
+) -> None:
+    """Refuse images that nobody would look at, and processors that cannot be read with.
+
+    Raises:
+        ValueError: image columns for a tokenizer; a processor that names no image token; an encoder-decoder model.
+    """
+    if processor is None:
+        images = [name for name in IMAGE_COLUMNS if name in columns]
+        if images:
+            raise ValueError(
+                f"the dataset has images in the column {images[0]!r}, and processing_class is a tokenizer. Pass the "
+                f"model's processor (AutoProcessor), or rows.remove_columns({images}) to train on the text alone"
+            )
+        return
+    image_token(processor)
+    if options.is_encoder_decoder:
+        raise ValueError("images are read by decoder-only models here, and this one is an encoder-decoder")
+
+
+def _without_images(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    if has_image_parts(row):
+        raise ValueError(
+            f"row {number} has an image in a message, and processing_class is a tokenizer. Pass the model's processor "
+            "(AutoProcessor)"
+        )
+    return row
 
 
 def cache_entry(
     rows: datasets.Dataset,
     *,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     options: TokenizeOptions,
     cache_dir: str | Path | None = None,
 ) -> Path:
@@ -198,7 +257,7 @@ def cache_entry(
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds"
     parts = {
         "rows": rows._fingerprint,
-        "tokenizer": tokenizer_hash(processing_class),
+        "tokenizer": processing_hash(processing_class),
         "options": asdict(options),
         "code": [Path(__file__).with_name(source).read_text() for source in SOURCES],
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -209,12 +268,17 @@ def cache_entry(
 class _TokenizeBatch:
     """What `Dataset.map` runs: a batch of rows -> columns of `FEATURES`, a line for every row."""
 
-    def __init__(self, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions) -> None:
+    def __init__(
+        self, processing_class: ProcessingClass, options: TokenizeOptions, *, rows: datasets.Dataset
+    ) -> None:
         self.processing_class = processing_class
         self.options = options
+        self.rows = rows
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows = [{name: values[place] for name, values in batch.items()} for place in range(len(indices))]
+        rows: Any = self.rows.select(indices)
+        if not isinstance(self.processing_class, ProcessorMixin):
+            rows = [{name: values[place] for name, values in batch.items()} for place in range(len(indices))]
         tokenized = tokenize_rows(
             rows, numbers=indices, processing_class=self.processing_class, options=self.options
         )
@@ -230,6 +294,8 @@ def _line(pair: TokenPair) -> dict[str, Any]:
         "chosen_start": pair.chosen_start,
         "rejected_start": pair.rejected_start,
         "trunk": pair.trunk,
+        "image_tokens": pair.image_tokens,
+        "images": pair.images,
         "reason": None,
         "detail": None,
     }
@@ -242,19 +308,16 @@ def _refused_line(error: RowError) -> dict[str, Any]:
         "chosen_start": 0,
         "rejected_start": 0,
         "trunk": 0,
+        "image_tokens": 0,
+        "images": None,
         "reason": error.reason,
         "detail": error.detail,
     }
 
 
-# Ids of (prompt, chosen, rejected): the full texts for a decoder-only model, the three parts for an
-# encoder-decoder.
-_Encoded = tuple[list[int], list[int], list[int]]
-
-
 def _encode(
     preferences: Sequence[Preference], *, processing_class: PreTrainedTokenizerBase, options: TokenizeOptions
-) -> list[_Encoded]:
+) -> list[Encoded]:
     """Run the tokenizer over many pairs at once: a fast one uses all cores for a long list of texts."""
     if not preferences:
         return []
@@ -274,11 +337,12 @@ def _encode(
 
 
 def _assemble(
-    encoded: _Encoded,
+    encoded: Encoded,
     *,
     processing_class: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     row_number: int,
+    whole_prompt: bool = False,
 ) -> TokenPair:
     """From ids as the tokenizer gave them to a pair that is complete, cut and checked."""
     prompt, chosen, rejected = encoded
@@ -302,6 +366,7 @@ def _assemble(
         tail=tail,
         options=options,
         row_number=row_number,
+        whole_prompt=whole_prompt,
     )
     if options.vocab_size is not None:
         highest = max(max(pair.chosen), max(pair.rejected))
@@ -379,26 +444,3 @@ def _report_unusable(tokenized: TokenDataset, *, unusable: Literal["error", "dro
 def _first_numbers(numbers: Sequence[int]) -> str:
     shown = ", ".join(str(number) for number in numbers[:10])
     return shown + (", …" if len(numbers) > 10 else "")
-
-
-def tokenizer_hash(processing_class: PreTrainedTokenizerBase) -> str:
-    """Hash of what the tokenizer is (vocabulary, rules, special tokens, template), not where it came from."""
-    kind = type(processing_class)
-    settings = {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "special_tokens": {name: str(token) for name, token in processing_class.special_tokens_map.items()},
-        "added_tokens": processing_class.get_added_vocab(),
-        "chat_template": processing_class.chat_template,
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    if isinstance(processing_class, PreTrainedTokenizerFast):
-        # The last call leaves its truncation and padding in the tokenizer; they are no part of what it is.
-        rules = copy.deepcopy(processing_class.backend_tokenizer)
-        rules.no_truncation()
-        rules.no_padding()
-        digest.update(rules.to_str().encode())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            for file in sorted(processing_class.save_vocabulary(folder)):
-                digest.update(Path(file).read_bytes())
-    return digest.hexdigest()

@@ -38,6 +38,8 @@ class TokenPair:
             borders.
         trunk: length of the longest common prefix of `chosen` and `rejected`. It may reach into the
             responses.
+        image_tokens: tokens of the prompt, after its first, that stand for an image; the nll counts none of them.
+        images: hash of the prompt's images; None without any.
     """
 
     chosen: list[int]
@@ -45,6 +47,8 @@ class TokenPair:
     chosen_start: int
     rejected_start: int
     trunk: int
+    image_tokens: int = 0
+    images: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def truncate_pair(
     tail: int,
     options: TokenizeOptions,
     row_number: int,
+    whole_prompt: bool = False,
 ) -> TokenPair:
     """Cut both full sequences to `options.max_length` and find their trunk.
 
@@ -126,6 +131,7 @@ def truncate_pair(
         tail: special tokens at the end of the prompt that are not cut (the encoder's EOS).
         options: the limits.
         row_number: for messages.
+        whole_prompt: take nothing out of the prompt: it has images, whose tokens the model counts.
 
     Raises:
         RowError: there is nothing before a response, nothing left of it, or nothing that tells the two apart.
@@ -142,7 +148,7 @@ def truncate_pair(
         excess = max(len(chosen), len(rejected)) - options.max_length
         spare = max(chosen_start, rejected_start) - options.prompt_floor
         # The special tokens of the prompt stay, and without any at least one token does.
-        cut = max(0, min(excess, spare, shared - max(1, head + tail)))
+        cut = 0 if whole_prompt else max(0, min(excess, spare, shared - max(1, head + tail)))
         begin = head if options.truncation_mode == "keep_end" else shared - tail - cut
         chosen = (chosen[:begin] + chosen[begin + cut :])[: options.max_length]
         rejected = (rejected[:begin] + rejected[begin + cut :])[: options.max_length]
@@ -154,7 +160,8 @@ def truncate_pair(
                 reason="no_room_for_response",
                 row=row_number,
                 detail=f"{start} tokens of prompt leave nothing of the {name} response in "
-                f"max_length={options.max_length}",
+                f"max_length={options.max_length}"
+                + (", and a prompt with images is never cut: raise max_length" if whole_prompt else ""),
             )
     if chosen == rejected:
         raise RowError(

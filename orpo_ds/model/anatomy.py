@@ -153,7 +153,11 @@ def hidden_states(
             keywords["attention_calls"] = attention_calls
     if parts.router is not None:
         keywords["output_router_logits"] = True
-    output = parts.backbone(batch.input_ids, **keywords)
+    backbone: nn.Module = parts.backbone
+    if batch.image_inputs is not None:
+        backbone = parts.model.base_model  # with the vision tower, whose features go into the prompt
+        keywords.update(batch.image_inputs)
+    output = backbone(batch.input_ids, **keywords)
     return output.last_hidden_state.flatten(0, 1), output.router_logits if parts.router is not None else None
 
 

@@ -7,6 +7,7 @@ loads only its shard. A model object that the user made is taken as it is.
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,20 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from orpo_ds.data.processing import ProcessingClass
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -31,7 +41,7 @@ def load_model(
     trust_remote_code: bool = False,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
-    """Load a causal or encoder-decoder language model by folder or hub id.
+    """Load a causal, vision-language or encoder-decoder language model by folder or hub id.
 
     Args:
         name: folder or hub id.
@@ -47,21 +57,51 @@ def load_model(
     _check_path(name)
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **shared)
-    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        family: Any = AutoModelForSeq2SeqLM
+    else:
+        family = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
     return family.from_pretrained(
         name, dtype=dtype, attn_implementation=attn_implementation, **shared, **from_pretrained
     )
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model by folder or hub id."""
+def reads_images(config: PreTrainedConfig) -> bool:
+    """Whether this is the config of a model that reads images and text, and writes text."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def load_processing(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, reads_images: bool = False
+) -> ProcessingClass:
+    """Load the tokenizer of a model by folder or hub id, or its processor.
+
+    Args:
+        name: folder or hub id.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run the code that the repository ships.
+        reads_images: load the processor. Where it cannot be had (no files of one, or a package that it needs is
+            missing) the tokenizer serves for text.
+    """
     _check_path(name)
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    keywords = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if reads_images:
+        try:
+            found = AutoProcessor.from_pretrained(name, **keywords)
+        except (AttributeError, ImportError, OSError, ValueError) as error:
+            logger.warning(
+                "the processor of %s cannot be loaded, so it can be trained on text alone. Images mostly need "
+                "`pip install orpo-ds[vision]`. The reason: %s",
+                name,
+                error,
+            )
+        else:
+            if isinstance(found, ProcessorMixin):
+                return found
+    return AutoTokenizer.from_pretrained(name, **keywords)
 
 
-def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+def use_chat_template(tokenizer: ProcessingClass, source: str) -> None:
     """Take the chat template from a Jinja file, or from a tokenizer's folder or hub id."""
     path = Path(source).expanduser()
     if path.is_file():

@@ -218,6 +218,8 @@ def test_opening_and_reading_does_not_bring_the_ids_into_memory(tmp_path: Path) 
         "chosen_start": 3,
         "rejected_start": 3,
         "trunk": 4,
+        "image_tokens": 0,
+        "images": None,
         "reason": None,
         "detail": None,
     }

@@ -20,7 +20,9 @@ VOCABULARY = 160
 
 def lengths_of(*pairs: tuple[int, int, int], starts: list[int] | None = None) -> PairLengths:
     trunk, chosen, rejected = (np.array(column, dtype=np.int32) for column in zip(*pairs, strict=True))
-    return PairLengths(trunk, chosen, rejected, np.array(starts or trunk, dtype=np.int32))
+    return PairLengths(
+        trunk, chosen, rejected, np.array(starts or trunk, dtype=np.int32), image_tokens=np.zeros_like(trunk)
+    )
 
 
 def size_of(model: torch.nn.Module) -> ModelSize:
