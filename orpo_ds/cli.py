@@ -61,20 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(words: Sequence[str]) -> None:
     """Train a model on preference pairs."""
     script, args = parse_train_arguments(words)
-    from orpo_ds.data.load import load_rows
+    from orpo_ds.script_data import load_script_rows
     from orpo_ds.trainer import ORPOTrainer
 
-    rows = load_rows(script.dataset_name, split=script.dataset_train_split, config_name=script.dataset_config)
-    eval_rows = None
-    if args.do_eval:
-        eval_rows = load_rows(
-            script.dataset_name, split=script.dataset_test_split, config_name=script.dataset_config
-        )
+    rows = load_script_rows(
+        script, seed=args.seed if args.data_seed is None else args.data_seed, evaluates=args.do_eval
+    )
     trainer = ORPOTrainer(
         script.model_name_or_path,
         args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
+        train_dataset=rows.train,
+        eval_dataset=rows.test if args.do_eval else None,
         peft_config=_adapters(script),
     )
     _train_and_save(trainer)

@@ -337,12 +337,32 @@ class ScriptArguments:
     """Which model and which data `orpo-ds train` loads: the names of TRL's scripts."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or hub id."})
-    dataset_name: str = field(
-        metadata={"help": "Hub id, .jsonl/.json/.csv/.parquet/.arrow file, folder, or glob of files."}
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, .jsonl/.json/.csv/.parquet/.arrow file, folder, glob of files, or the URL of one."
+        },
+    )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several datasets instead of `dataset_name`: names, or mappings (JSON on the command line) with "
+            "path, name, data_dir, data_files, split, columns, fraction."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if any."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read rows as they are trained on, and never all; needs max_steps."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "The same, by the name it has beside `datasets`."}
+    )
+    test_split_size: float | None = field(
+        default=None,
+        metadata={"help": "Share, or number, of the training rows that are evaluated and not trained on."},
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
     dtype: str = field(
         default="auto",

@@ -168,6 +168,8 @@ def _load_from_hub(
             f"{name!r} is no file or folder here{_nearest(Path(name))}, and no dataset that can be reached on "
             f"the hub: {error}"
         ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"{name!r} cannot be read: {error.__cause__ or error}") from error
     except ValueError as error:  # unknown split or configuration: the message lists those that exist
         raise ValueError(f"the hub's dataset {name!r}: {error}") from error
 

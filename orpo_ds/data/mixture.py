@@ -102,13 +102,23 @@ def load_mixture(sources: Sequence[DatasetSource], *, streaming: bool, seed: int
     if shares and len(shares) < len(sources):
         without = [source.path for source in sources if source.fraction is None]
         raise ValueError(f"datasets: fraction must be set for all or for none; {without} have none")
-    loaded = _alike([_load(source, streaming=streaming) for source in sources])
-    weights = [share / sum(shares) for share in shares]
+    loaded = [_load(source, streaming=streaming) for source in sources]
+    differing = _differing_columns(loaded)
+    if differing:
+        loaded = [
+            _in_json(rows, [name for name in differing if name in rows.column_names]) for rows in loaded
+        ]
+    mixed = _mix(loaded, weights=[share / sum(shares) for share in shares], seed=seed)
+    # A column of type Json is read as what it holds; that of a stream has no type that survives mixing.
+    return mixed.map(_from_json, fn_kwargs={"columns": differing}) if differing and streaming else mixed
+
+
+def _mix(loaded: Sequence[Any], *, weights: Sequence[float], seed: int) -> Any:
     if not weights or len(loaded) == 1:
-        return datasets.concatenate_datasets(loaded)
-    if streaming:
+        return datasets.concatenate_datasets(list(loaded))
+    if isinstance(loaded[0], datasets.IterableDataset):
         return datasets.interleave_datasets(
-            loaded, probabilities=weights, seed=seed, stopping_strategy="first_exhausted"
+            list(loaded), probabilities=list(weights), seed=seed, stopping_strategy="first_exhausted"
         )
     total = min(len(rows) / weight for rows, weight in zip(loaded, weights, strict=True))
     return datasets.concatenate_datasets(
@@ -139,28 +149,30 @@ def _load(source: DatasetSource, *, streaming: bool) -> Any:
     return rows.select_columns(known)
 
 
-def _alike(loaded: Sequence[Any]) -> list[Any]:
-    """Datasets that Arrow can put behind each other: where their columns are of different types, JSON holds both.
-
-    Text here and conversations there, or messages with other keys, are different types.
-    """
+def _differing_columns(loaded: Sequence[Any]) -> list[str]:
+    """Columns of types that Arrow cannot mix: text here and conversations there, or messages with other keys."""
     kinds: dict[str, Any] = {}
-    differ: set[str] = set()
+    differing: set[str] = set()
     for rows in loaded:
         for name, kind in (rows.features or {}).items():
             if kinds.setdefault(name, kind) != kind:
-                differ.add(name)
-    if not differ:
-        return list(loaded)
-    return [_with_json(rows, sorted(differ & set(rows.column_names))) for rows in loaded]
+                differing.add(name)
+    return sorted(differing)
 
 
-def _with_json(rows: Any, columns: Sequence[str]) -> Any:
+def _in_json(rows: Any, columns: Sequence[str]) -> Any:
     if isinstance(rows, datasets.IterableDataset):
-        return rows.map(dict)  # rows of a stream need no type
-    features = datasets.Features({**rows.features, **{name: datasets.Json() for name in columns}})
-    return rows.map(_to_json, batched=True, features=features, fn_kwargs={"columns": list(columns)})
+        features = datasets.Features(
+            {**rows.features, **{name: datasets.Value("string") for name in columns}}
+        )
+    else:
+        features = datasets.Features({**rows.features, **{name: datasets.Json() for name in columns}})
+    return rows.map(_to_json, features=features, fn_kwargs={"columns": list(columns)})
 
 
-def _to_json(batch: Mapping[str, list[Any]], columns: Sequence[str]) -> dict[str, list[str]]:
-    return {name: [json.dumps(value) for value in batch[name]] for name in columns}
+def _to_json(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
+    return {name: json.dumps(row[name]) for name in columns}
+
+
+def _from_json(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {name: json.loads(row[name]) for name in columns if row[name] is not None}

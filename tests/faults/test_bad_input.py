@@ -266,7 +266,7 @@ def test_unknown_dashboard(train: Train) -> None:
 
 def test_missing_fields() -> None:
     answer = small_runs.run_cli(["train", "--output_dir", "x"], datasets_cache=Path("unused"))
-    assert_refused(answer, "--model_name_or_path, --dataset_name must be given")
+    assert_refused(answer, "--model_name_or_path must be given")
 
 
 def test_unknown_command() -> None:
