@@ -18,6 +18,7 @@ from orpo_ds import distributed
 from orpo_ds.data.feed import StepPlan
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.engine import Engine, keep_plain_norm
+from orpo_ds.host_memory import give_back
 
 # Takes the metric sums of a micro-batch, `loss` among them.
 Recorder = Callable[[dict[str, Tensor], MicroBatch], None]
@@ -71,6 +72,7 @@ def train_step(
     for number, batch in enumerate(micro_batches):
         ds.set_gradient_accumulation_boundary(number == last)
         sums = ds(batch, nll_tokens_total=plan.nll_tokens, pairs_total=plan.pairs)
+        give_back(sums["loss"].device)
         # DeepSpeed averages gradients over the ranks; the ranks' losses are shares of a sum.
         ds.backward(sums["loss"] * distributed.world_size(), scale_wrt_gas=False)
         sums["loss"] = sums["loss"].detach()

@@ -97,6 +97,29 @@ def test_json_schedule_and_optimizer_are_used(tmp_path: Path) -> None:
     engine.deepspeed.destroy()
 
 
+@pytest.mark.parametrize("preset", ["zero3", "zero3_offload"])
+def test_fp32_weights_have_no_second_copy(tmp_path: Path, preset: str) -> None:
+    policy = policy_of()
+    count = sum(value.numel() for value in policy.parameters())
+    engine = build_engine(policy, args=small_runs.settings(tmp_path, deepspeed=preset), total_steps=1)
+    zero = engine.deepspeed.optimizer
+    shards = [weights.untyped_storage().data_ptr() for weights in zero.fp16_partitioned_groups_flat]
+    assert [value.untyped_storage().data_ptr() for value in zero.fp32_partitioned_groups_flat] == shards
+    assert sum(weights.numel() for weights in zero.fp16_partitioned_groups_flat) == count
+    engine.deepspeed.destroy()
+
+
+def test_bf16_weights_keep_their_fp32_copy(tmp_path: Path) -> None:
+    policy = OrpoPolicy(small_runs.model_of().bfloat16(), beta=0.1, logits_cache_mib=0)
+    args = small_runs.settings(tmp_path, deepspeed="zero3", bf16=True)
+    zero = build_engine(policy, args=args, total_steps=1).deepspeed.optimizer
+    kinds = [
+        (zero.fp16_partitioned_groups_flat, torch.bfloat16),
+        (zero.fp32_partitioned_groups_flat, torch.float32),
+    ]
+    assert all(value.dtype == dtype for values, dtype in kinds for value in values)
+
+
 def test_no_norm_before_the_first_step(tmp_path: Path) -> None:
     engine = build_engine(policy_of(), args=small_runs.settings(tmp_path, deepspeed="zero0"), total_steps=1)
     assert gradient_norm(engine.deepspeed) is None
