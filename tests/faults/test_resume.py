@@ -26,6 +26,7 @@ MEASURED = {
     "peak_memory_mib",
     "eval_runtime",
     "eval_samples_per_second",
+    "eval_steps_per_second",
 }
 
 
