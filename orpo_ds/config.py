@@ -218,6 +218,13 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             refused = refusal(name, getattr(self, name), default=default)
             if refused is not None:
                 raise ValueError(refused)
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError("save_strategy='best' needs evaluations to choose by: set eval_strategy.")
+        if self.save_only_model and self.load_best_model_at_end:
+            raise ValueError(
+                "save_only_model=True and load_best_model_at_end=True exclude each other, as in transformers with "
+                "DeepSpeed: the engine loads its own state, which such checkpoints lack. Leave one of them out."
+            )
         if self.logits_cache_mib < 0:
             raise ValueError(f"logits_cache_mib={self.logits_cache_mib} must not be negative.")
         if self.beta < 0:

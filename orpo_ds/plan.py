@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.batches import GlobalBatches
@@ -37,3 +39,40 @@ def plan_training(state: TrainerState, args: ORPOConfig, batches: GlobalBatches 
     state.global_step, state.epoch = 0, 0.0
     state.train_batch_size = args.per_device_train_batch_size
     state.compute_steps(args, state.max_steps)
+
+
+@dataclass
+class Position(ExportableState):
+    """Where in the data a run is; stands in a checkpoint's `trainer_state.json` as the callbacks' own states do.
+
+    It does not follow from the number of steps: a callback may end an epoch early, and `ignore_data_skip` begins one
+    again.
+
+    Attributes:
+        epoch: the epoch under way, from 0.
+        step: its steps that are done; as many as an epoch has: only what happens at its end is left to do.
+        stopped: no more steps of this epoch are wanted.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    stopped: bool = False
+
+    def steps_left(self, batches: GlobalBatches | TokenStream, *, at_most: int) -> range:
+        """Numbers of the global batches that are left of this epoch, `at_most` so many."""
+        first = self.epoch * batches.steps_per_epoch + self.step
+        if self.stopped:
+            return range(first, first)
+        return range(first, min((self.epoch + 1) * batches.steps_per_epoch, first + at_most))
+
+    def end_epoch(self, batches: GlobalBatches | TokenStream) -> None:
+        """Go to the begin of the next epoch, if this one is over: the training may have stopped within it.
+
+        A stream has one epoch, which a longer run continues.
+        """
+        if isinstance(batches, GlobalBatches) and (self.stopped or self.step == batches.steps_per_epoch):
+            self.epoch, self.step, self.stopped = self.epoch + 1, 0, False
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` makes this position of."""
+        return {"args": asdict(self), "attributes": {}}

@@ -19,12 +19,15 @@ from orpo_ds.checkpoint import (
     load_rank_state,
     resolve_resume,
     save_rank_state,
+    verify,
 )
-from orpo_ds.checkpoint.engine_state import load_engine, save_engine
+from orpo_ds.checkpoint.engine_state import checkpoint_bytes, load_engine, save_engine
 from orpo_ds.config import ORPOConfig
+from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.data.token_stream import TokenStream
 from orpo_ds.data.tokenize import TokenDataset
-from orpo_ds.engine import Engine
+from orpo_ds.engine import Engine, release_gathered
+from orpo_ds.export import save_pretrained
 from orpo_ds.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -36,23 +39,28 @@ STREAM_POSITION = "stream_position.json"
 class RunCheckpoints:
     """Saves and restores one training run. Every method is called on all ranks."""
 
-    def __init__(self, args: ORPOConfig, *, ranks: Ranks) -> None:
+    def __init__(self, args: ORPOConfig, *, ranks: Ranks, processing_class: ProcessingClass | None) -> None:
         """Nothing is written before `claim`.
 
         Args:
             args: where checkpoints go, how many are kept, and what a resume compares.
             ranks: this rank and its collective.
+            processing_class: saved beside the weights of a checkpoint that is only a model.
         """
         self.args = args
         self.ranks = ranks
+        self.processing_class = processing_class
         self.store = CheckpointStore(args.run_dir, save_total_limit=args.save_total_limit, ranks=ranks)
+        self._dataset: TokenDataset | TokenStream | None = None
 
-    def claim(self, resume_from_checkpoint: bool | str | None, *, dataset_fingerprint: str) -> Path | None:
+    def claim(
+        self, resume_from_checkpoint: bool | str | None, *, dataset: TokenDataset | TokenStream
+    ) -> Path | None:
         """Take `output_dir` for this run, and find the checkpoint that it continues from.
 
         Args:
             resume_from_checkpoint: as in `ORPOTrainer.train`; None: `args.resume_from_checkpoint`.
-            dataset_fingerprint: of the training set.
+            dataset: the training set.
 
         Returns:
             A verified checkpoint of a run with the same settings; None for a new run.
@@ -61,6 +69,7 @@ class RunCheckpoints:
             ValueError: another run is in `output_dir`, or the resume is not possible.
         """
         args = self.args
+        self._dataset = dataset
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         source = resolve_resume(resume, args.run_dir, ranks=self.ranks) if resume else None
         claim_output_dir(
@@ -71,11 +80,12 @@ class RunCheckpoints:
         )
         self.store.clean_up()
         if source is not None:  # before minutes go into an engine that cannot use it
-            check_resume(source, self._metadata(TrainerState(epoch=0.0), dataset_fingerprint))
+            check_resume(source, self._metadata(TrainerState(epoch=0.0)))
         return source
 
-    def _metadata(self, state: TrainerState, dataset_fingerprint: str) -> CheckpointMetadata:
+    def _metadata(self, state: TrainerState) -> CheckpointMetadata:
         """What a checkpoint says about the run, and what a resume compares."""
+        assert self._dataset is not None, "claim comes first"
         return CheckpointMetadata(
             step=state.global_step,
             epoch=float(state.epoch or 0.0),
@@ -83,39 +93,67 @@ class RunCheckpoints:
             world_size=distributed.world_size(),
             zero_stage=self.args.zero_stage,
             global_batch_size=self.args.global_batch_size,
-            dataset_fingerprint=dataset_fingerprint,
+            dataset_fingerprint=self._dataset.fingerprint,
             config=redact(self.args.to_dict()),
         )
 
-    def save(self, engine: Engine, state: TrainerState, *, dataset: TokenDataset | TokenStream) -> Path:
-        """Write a verified `checkpoint-<step>` from which the run continues bit for bit.
+    # ------------------------------------------------------------------ saving
+
+    def save(self, engine: Engine, state: TrainerState) -> Path:
+        """Write a verified `checkpoint-<step>`, from which the run continues bit for bit.
+
+        With `save_only_model` it is the model as a Hugging Face folder, from which no run continues. The best
+        checkpoint and the newest are never deleted for `save_total_limit`.
 
         Args:
             engine: weights, optimizer state and schedule.
-            state: of the run.
-            dataset: the training set.
+            state: of the run; learns which checkpoint is the best.
 
         Raises:
             CheckpointSaveError: on all ranks; nothing of the checkpoint is left.
         """
+        earlier_best, state.best_model_checkpoint = state.best_model_checkpoint, self._best(state)
 
         def write(folder: Path) -> None:
-            save_engine(engine.deepspeed, folder, scheduler=engine.scheduler)
-            save_rank_state(folder, self.ranks)
+            if self.args.save_only_model:
+                self._write_model(engine, folder)
+            else:
+                save_engine(engine.deepspeed, folder, scheduler=engine.scheduler)
+                save_rank_state(folder, self.ranks)
             if distributed.is_main():
                 state.save_to_json(str(folder / TRAINER_STATE))
-                if isinstance(dataset, TokenStream):
-                    position = dataset.position(state.global_step)
+                if isinstance(self._dataset, TokenStream):
+                    position = self._dataset.position(state.global_step)
                     (folder / STREAM_POSITION).write_text(json.dumps(position))
 
-        path = self.store.save(write, self._metadata(state, dataset.fingerprint))
+        try:
+            own = checkpoint_bytes(engine.deepspeed, only_model=self.args.save_only_model)
+            total = sum(self.ranks.all_gather(own))
+            path = self.store.save(write, self._metadata(state), estimated_bytes=total)
+        except CheckpointSaveError:
+            state.best_model_checkpoint = earlier_best
+            raise
         best = state.best_model_checkpoint
         self.store.prune(keep=[] if best is None else [Path(best)])
         return path
 
-    def save_or_go_on(
-        self, engine: Engine, state: TrainerState, *, dataset: TokenDataset | TokenStream, last: bool
-    ) -> bool:
+    def _best(self, state: TrainerState) -> str | None:
+        """Folder of the best evaluation's checkpoint, if it was saved or is about to be."""
+        if not state.best_global_step:
+            return state.best_model_checkpoint
+        folder = self.args.run_dir / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step == state.global_step or folder.is_dir():
+            return str(folder)
+        return state.best_model_checkpoint
+
+    def _write_model(self, engine: Engine, folder: Path) -> None:
+        release_gathered(engine.deepspeed)
+        try:
+            save_pretrained(engine.deepspeed.module.model, folder, tokenizer=self.processing_class)
+        except CheckpointSaveError as error:
+            raise OSError(str(error)) from error  # on all ranks; the store makes one message of it
+
+    def save_or_go_on(self, engine: Engine, state: TrainerState, *, last: bool) -> bool:
         """Save; when that fails (disk full), train on to a save that works, unless this was the `last` one.
 
         Returns:
@@ -125,7 +163,7 @@ class RunCheckpoints:
             CheckpointSaveError: no later step will save.
         """
         try:
-            self.save(engine, state, dataset=dataset)
+            self.save(engine, state)
         except CheckpointSaveError as error:
             if last:
                 raise
@@ -134,29 +172,58 @@ class RunCheckpoints:
             return False
         return True
 
-    def restore(
-        self, source: Path, engine: Engine, state: TrainerState, *, dataset: TokenDataset | TokenStream
-    ) -> TrainerState:
+    # ------------------------------------------------------------------ loading
+
+    def restore(self, source: Path, engine: Engine, state: TrainerState) -> TrainerState:
         """Continue from a verified checkpoint: engine, schedule, random generators and a stream's position.
 
         Args:
             source: what `claim` returned.
             engine: just built.
             state: of this process, with the length of the run.
-            dataset: the training set.
 
         Returns:
-            The state of the run at the checkpoint.
+            The state of the run at the checkpoint; how often to log, evaluate and save is this run's own.
 
         Raises:
-            ValueError: the stream has other rows than it had then.
+            ValueError: a stream has other rows than it had then.
         """
         load_engine(engine.deepspeed, source, scheduler=engine.scheduler)
         load_rank_state(source, self.ranks)
-        if isinstance(dataset, TokenStream):
-            dataset.seek(json.loads((source / STREAM_POSITION).read_text()))
+        if isinstance(self._dataset, TokenStream):
+            place = json.loads((source / STREAM_POSITION).read_text())
+            if self.args.ignore_data_skip:
+                place["rows"] = self._dataset.position(0)["rows"]
+            self._dataset.seek(place)
         saved = TrainerState.load_from_json(str(source / TRAINER_STATE))
         saved.is_local_process_zero = state.is_local_process_zero
         saved.is_world_process_zero = state.is_world_process_zero
         saved.max_steps, saved.num_train_epochs = state.max_steps, state.num_train_epochs
+        saved.compute_steps(self.args, saved.max_steps)
+        best = saved.best_model_checkpoint
+        if best is not None and not Path(best).is_dir():
+            moved = source.parent / Path(best).name  # the output folder may have another path now
+            saved.best_model_checkpoint = str(moved) if moved.is_dir() else None
+            if distributed.is_main() and not moved.is_dir():
+                logger.warning("the best checkpoint so far, %s, is gone: the next best is looked for", best)
         return saved
+
+    def finish(self, engine: Engine, state: TrainerState) -> None:
+        """After the last step: load the best model if that was asked for, and keep only it with a limit of one.
+
+        Raises:
+            RuntimeError: the best checkpoint was damaged since it was written; names its files.
+        """
+        if state.best_model_checkpoint is None:
+            return
+        best = Path(state.best_model_checkpoint)
+        if self.args.load_best_model_at_end:
+            problems = verify(best, self.ranks)
+            if problems:
+                raise RuntimeError(
+                    f"load_best_model_at_end: {best} is damaged ({'; '.join(problems)}). The trainer still holds the "
+                    "model of the last step."
+                )
+            load_engine(engine.deepspeed, best, scheduler=engine.scheduler)
+        if self.args.save_total_limit == 1:
+            self.store.prune(keep=[best], keep_newest=False)

@@ -52,8 +52,17 @@ class StepOutcome:
     applied: bool
 
 
+def no_one(event: str) -> None:
+    """For a step that no callback watches."""
+
+
 def train_step(
-    engine: Engine, plan: StepPlan, micro_batches: Iterable[MicroBatch], *, record: Recorder
+    engine: Engine,
+    plan: StepPlan,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    record: Recorder,
+    notify: Callable[[str], None] = no_one,
 ) -> StepOutcome:
     """Forward, backward and update for one global batch.
 
@@ -62,6 +71,8 @@ def train_step(
         plan: this rank's part of the global batch.
         micro_batches: the tensors of `plan.micro_batches`, on the engine's device.
         record: takes the sums of every micro-batch.
+        notify: told of transformers' events within a step: `on_substep_end` after each micro-batch but the last,
+            `on_pre_optimizer_step`, `on_optimizer_step`.
 
     Raises:
         NonFiniteLossError: on all ranks, before the weights change.
@@ -78,11 +89,16 @@ def train_step(
         sums["loss"] = sums["loss"].detach()
         losses.append((sums["loss"], batch))
         record(sums, batch)
+        if number < last:
+            notify("on_substep_end")
     loss = global_loss(losses)
-    if not keep_plain_norm(ds):
-        return StepOutcome(loss=loss, applied=False)
-    ds.step()
-    return StepOutcome(loss=loss, applied=bool(ds.was_step_applied()))
+    applied = keep_plain_norm(ds)
+    notify("on_pre_optimizer_step")
+    if applied:
+        ds.step()
+        applied = bool(ds.was_step_applied())
+    notify("on_optimizer_step")
+    return StepOutcome(loss=loss, applied=applied)
 
 
 def global_loss(losses: list[tuple[Tensor, MicroBatch]]) -> float:

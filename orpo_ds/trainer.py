@@ -9,7 +9,7 @@ through `saving.py`, the trained model leaves through `export.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, PredictionOutput, SaveStrategy, TrainOutput
 
-from orpo_ds import distributed
-from orpo_ds.checkpoint import job_ranks
+from orpo_ds import best, distributed
+from orpo_ds.callback_states import export_states, restore_states, saved_states
+from orpo_ds.checkpoint import job_ranks, sole_job
 from orpo_ds.checkpoint.engine_state import check_engine
 from orpo_ds.config import ORPOConfig
+from orpo_ds.data.feed import StepPlan
+from orpo_ds.data.packing import MicroBatch
 from orpo_ds.data.processing import ProcessingClass
-from orpo_ds.data.token_stream import TokenStream
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
 from orpo_ds.evaluation import Evaluation
@@ -38,7 +40,7 @@ from orpo_ds.layout import RunLayout, check_collator, choose_layout
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.jsonl import MetricsFile
 from orpo_ds.monitor.report import reporting_callbacks
-from orpo_ds.plan import plan_training, training_batches
+from orpo_ds.plan import Position, plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
 from orpo_ds.prepare import prepare_model, prepare_processing, training_dtype
@@ -104,8 +106,12 @@ class ORPOTrainer:
         self.engine: Engine | None = None
         self._chosen_layout: RunLayout | None = None
         self._owns_output_dir = False
+        self._ignore_keys: list[str] | None = None
         self.metrics_file = MetricsFile(self.args.run_dir)
-        self.checkpoints = RunCheckpoints(self.args, ranks=job_ranks())
+        self.checkpoints = RunCheckpoints(
+            self.args, ranks=job_ranks(), processing_class=self.processing_class
+        )
+        self.position = Position()
         self.state = TrainerState(
             is_local_process_zero=self.args.local_process_index == 0,
             is_world_process_zero=distributed.is_main(),
@@ -131,12 +137,19 @@ class ORPOTrainer:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any | None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train to the end, or continue a run.
 
         Args:
             resume_from_checkpoint: True continues from the newest good checkpoint in `output_dir`; a path from that
                 one. By default `args.resume_from_checkpoint`.
+            trial: must be None: hyperparameter search is not offered.
+            ignore_keys_for_eval: `ignore_keys` of the evaluations.
 
         Returns:
             Steps done, mean loss over the steps of this call, and its figures.
@@ -147,107 +160,116 @@ class ORPOTrainer:
             CheckpointSaveError: the last checkpoint could not be written; the model is trained, and `save_model` or
                 `save_checkpoint` may be called again. A save that fails before the last one is only logged.
         """
+        if trial is not None:
+            raise ValueError(
+                "trial: hyperparameter search is not offered. Start a run of its own for each trial."
+            )
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to ORPOTrainer.")
         if self._owns_output_dir:
             raise ValueError(
                 "this trainer has trained already: make a new ORPOTrainer, with an output_dir of its own."
             )
-        source = self.checkpoints.claim(
-            resume_from_checkpoint, dataset_fingerprint=self.train_dataset.fingerprint
-        )
-        self._owns_output_dir = True
-        self._ready_engine()
-        if source is not None:
-            self._restore(source)
-        with self._layout.attention():
-            return self._loop()
+        self._ignore_keys = ignore_keys_for_eval
+        with sole_job(self.args.run_dir, self.checkpoints.ranks):
+            source = self.checkpoints.claim(resume_from_checkpoint, dataset=self.train_dataset)
+            self._owns_output_dir = True
+            self._ready_engine()
+            if source is not None:
+                self._restore(source)
+            with self._layout.attention():
+                return self._loop()
 
     def _loop(self) -> TrainOutput:
         assert self.train_dataset is not None
-        state, engine = self.state, self._ready_engine()
+        state, position = self.state, self.position
         batches = training_batches(self.args, self.train_dataset)
         feed = self._layout.feed(self.train_dataset, max_tokens=self.args.micro_batch_tokens)
         watch = Watch(
             feed, measure(self.policy.parts), device=self.args.device, dtype=training_dtype(self.args)
         )
-        todo = (batches.pairs(step) for step in range(state.global_step, state.max_steps))
         self._event("on_train_begin")
         if self.args.eval_on_start and state.global_step == 0:
-            self.evaluate()
+            self.evaluate(ignore_keys=self._ignore_keys)
         watch.start(state.global_step)
-        for plan, micro_batches in feed.steps(todo, device=self.args.device):
-            if state.global_step % batches.steps_per_epoch == 0:
-                self._event("on_epoch_begin")
-            self._event("on_step_begin")
-            engine.deepspeed.train()
-            try:
-                outcome = train_step(engine, plan, micro_batches, record=watch.record)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
-            learning_rate = engine.optimizer.param_groups[0]["lr"]
-            if outcome.applied and not follows_metric(engine.scheduler):
-                engine.scheduler.step()
-            elif not outcome.applied and distributed.is_main():
-                logger.warning("step %d: no update, its gradient is not finite", state.global_step + 1)
-            watch.end_step(outcome, pairs=plan.pairs)
-            state.global_step += 1
-            state.epoch = state.global_step / batches.steps_per_epoch
-            self._event("on_step_end")
-            if state.global_step % batches.steps_per_epoch == 0 or state.global_step == state.max_steps:
-                self._event("on_epoch_end")
-            self._log_evaluate_save(watch, learning_rate=learning_rate)
+        for epoch in range(position.epoch, state.num_train_epochs):
+            self._event("on_epoch_begin")
+            todo = position.steps_left(batches, at_most=state.max_steps - state.global_step)
+            for plan, micro_batches in feed.steps(map(batches.pairs, todo), device=self.args.device):
+                self._step(plan, micro_batches, watch)
+                position.step += 1
+                state.global_step += 1
+                state.epoch = epoch + position.step / batches.steps_per_epoch
+                self._event("on_step_end")
+                position.stopped = self.control.should_epoch_stop
+                self._log_evaluate_save(watch)
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    break
+            position.end_epoch(batches)
+            self._event("on_epoch_end")
+            self._log_evaluate_save(watch)
             if self.control.should_training_stop:
                 break
+        if self.args.logging_strategy != IntervalStrategy.NO:
+            self._log_steps(watch)  # those after the last log
         summary = watch.summary()
-        self._event("on_log", logs=summary)
+        self._report(summary)
+        self.checkpoints.finish(self._ready_engine(), state)
         self._event("on_train_end")
         return TrainOutput(state.global_step, summary["train_loss"], summary)
 
-    def _log_evaluate_save(self, watch: Watch, *, learning_rate: float) -> None:
-        """What the callbacks' flow control asked for at this step; the last step is always logged.
-
-        Args:
-            watch: what was seen since the last log.
-            learning_rate: that of the step just taken.
-        """
+    def _step(self, plan: StepPlan, micro_batches: Iterator[MicroBatch], watch: Watch) -> None:
+        """One optimizer step and one of the schedule."""
         engine = self._ready_engine()
-        if self.control.should_log or self.state.global_step == self.state.max_steps:
-            self.log(
-                {
-                    **watch.figures(self.state.global_step),
-                    "grad_norm": gradient_norm(engine.deepspeed),
-                    "learning_rate": learning_rate,
-                    "skipped_steps": engine.deepspeed.skipped_steps,
-                }
-            )
+        self._event("on_step_begin")
+        engine.deepspeed.train()
+        try:
+            outcome = train_step(engine, plan, micro_batches, record=watch.record, notify=self._event)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
+        watch.end_step(outcome, pairs=plan.pairs, learning_rate=engine.optimizer.param_groups[0]["lr"])
+        if outcome.applied and not follows_metric(engine.scheduler):
+            engine.scheduler.step()
+        elif not outcome.applied and distributed.is_main():
+            logger.warning("step %d: no update, its gradient is not finite", self.state.global_step + 1)
+
+    def _log_evaluate_save(self, watch: Watch) -> None:
+        """What the callbacks' flow control asks for, at the end of a step and again at the end of an epoch."""
+        engine = self._ready_engine()
+        if self.control.should_log:
+            self._log_steps(watch)
         with watch.paused():
             if self.control.should_evaluate:
-                found = self.evaluate()
+                found = self.evaluate(ignore_keys=self._ignore_keys)
                 if follows_metric(engine.scheduler):
-                    engine.scheduler.step(self._followed_metric(found))
+                    engine.scheduler.step(best.metric(found, self.args))
+                is_best = best.note(found, self.args, self.state)
+                if self.args.save_strategy == SaveStrategy.BEST:
+                    self.control.should_save = is_best
             if self.control.should_save:
                 self._save_or_go_on()
 
-    def _followed_metric(self, found: dict[str, float]) -> float:
-        """What `metric_for_best_model` (by default the loss) came to in an evaluation."""
-        name = self.args.metric_for_best_model or "loss"
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in found:
-            raise ValueError(
-                f"metric_for_best_model={name!r} was not evaluated. There is: {', '.join(found)}."
-            )
-        return found[name]
+    def _log_steps(self, watch: Watch) -> None:
+        """Log the steps since the last log, if there were any. Collective."""
+        if watch.logged_step == self.state.global_step:
+            return
+        deepspeed = self._ready_engine().deepspeed
+        figures = watch.figures(self.state.global_step)
+        self.log(figures | {"grad_norm": gradient_norm(deepspeed), "skipped_steps": deepspeed.skipped_steps})
 
     def log(self, figures: dict[str, Any]) -> None:
         """Put figures into `metrics.jsonl`, the state's history and all dashboards."""
-        entry = {"step": self.state.global_step, "epoch": self.state.epoch, **figures}
-        self.state.log_history.append(entry)
-        if (
-            self._owns_output_dir and distributed.is_main()
-        ):  # an evaluation before train() may not be a run here
-            self.metrics_file.append(entry)
+        # An evaluation before train() may not be of a run in this folder.
+        if self._owns_output_dir and distributed.is_main():
+            self.metrics_file.append(self._entry(figures))
+        self._report(figures)
+
+    def _report(self, figures: dict[str, Any]) -> None:
+        self.state.log_history.append(self._entry(figures))
         self._event("on_log", logs={"epoch": self.state.epoch, **figures})
+
+    def _entry(self, figures: dict[str, Any]) -> dict[str, Any]:
+        return {"step": self.state.global_step, "epoch": self.state.epoch, **figures}
 
     def _advice(self, error: NonFiniteLossError) -> str:
         """Where to look and where to go on from, when the loss is not a number."""
@@ -294,34 +316,37 @@ class ORPOTrainer:
 
     # ------------------------------------------------------------------ checkpoints
 
-    @property
-    def _training_set(self) -> TokenDataset | TokenStream:
-        assert self.train_dataset is not None
-        return self.train_dataset
-
     def save_checkpoint(self) -> Path:
         """Write a verified `checkpoint-<step>` from which the run continues bit for bit. All ranks call it."""
-        assert self.engine is not None, "there is nothing to save before train()"
-        path = self.checkpoints.save(self.engine, self.state, dataset=self._training_set)
+        self._export_states()
+        path = self.checkpoints.save(self._ready_engine(), self.state)
         self._event("on_save")
         return path
 
     def _save_or_go_on(self) -> None:
-        saved = self.checkpoints.save_or_go_on(
-            self._ready_engine(),
-            self.state,
-            dataset=self._training_set,
-            last=self.control.should_training_stop or self.state.global_step == self.state.max_steps,
+        self.control.should_save = (
+            False  # also after a save that fails: the end of the epoch is no second try
         )
-        if saved:
+        self._export_states()
+        last = self.control.should_training_stop or self.state.global_step == self.state.max_steps
+        if self.checkpoints.save_or_go_on(self._ready_engine(), self.state, last=last):
             self._event("on_save")
 
+    def _export_states(self) -> None:
+        export_states(self.state, [*self.callback_handler.callbacks, self.control, self.position])
+
     def _restore(self, source: Path) -> None:
-        self.state = self.checkpoints.restore(
-            source, self._ready_engine(), self.state, dataset=self._training_set
-        )
+        """Continue where a verified checkpoint ends."""
+        self.state = self.checkpoints.restore(source, self._ready_engine(), self.state)
+        states = saved_states(self.state)
+        self.position = Position.from_state(states.pop("Position"))
+        if self.args.ignore_data_skip and isinstance(self.train_dataset, TokenDataset):
+            self.position.step = 0
+        if self.args.restore_callback_states_from_checkpoint:
+            self.control = TrainerControl.from_state(states.pop("TrainerControl"))
+            restore_states(self.callback_handler, states)
         if distributed.is_main():
-            self.metrics_file.rewind(self.state.global_step)
+            self.metrics_file.rewind(self.state.global_step, self.state.log_history)
 
     # ------------------------------------------------------------------ evaluation
 

@@ -40,12 +40,13 @@ class Watch:
             peak_flops=peak_flops,
             useful_flops=UsefulFlops(size, feed.dataset.lengths, feed.nll_on_prompt),
         )
-        self._first_step = self._logged_step = 0
+        self.logged_step = 0
+        self._learning_rate = 0.0
         self._loss, self._steps, self._pairs, self._began = 0.0, 0, 0, 0.0
 
     def start(self, step: int) -> None:
         """Begin to count; `step` optimizer steps were done before."""
-        self._first_step = self._logged_step = step
+        self.logged_step = step
         self._began = time.perf_counter()
         self._clock.start()
 
@@ -54,8 +55,9 @@ class Watch:
         self._sums.add_micro_batch(sums, batch)
         self._clock.add_pairs(batch.pair_ids)
 
-    def end_step(self, outcome: StepOutcome, *, pairs: int) -> None:
-        """Note what an optimizer step over `pairs` pairs did."""
+    def end_step(self, outcome: StepOutcome, *, pairs: int, learning_rate: float) -> None:
+        """Note what an optimizer step over `pairs` pairs did with its `learning_rate`."""
+        self._learning_rate = learning_rate
         self._loss += outcome.loss
         self._pairs += pairs
         self._steps += 1
@@ -67,11 +69,12 @@ class Watch:
     def figures(self, step: int) -> dict[str, float]:
         """Metrics and statistics of the steps since the last log, the same on every rank. Collective."""
         totals = self._sums.reduce(distributed.sum_over_ranks, own=self._clock.take())
-        steps, self._logged_step = step - self._logged_step, step
+        steps, self.logged_step = step - self.logged_step, step
         peak = torch.tensor(peak_memory_mib(self._device), device=self._device)
         return {
             **mean_metrics(totals, steps=steps),
             **step_statistics(totals, steps=steps),
+            "learning_rate": self._learning_rate,
             "peak_memory_mib": distributed.max_over_ranks(peak).item(),
         }
 

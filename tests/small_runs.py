@@ -121,6 +121,11 @@ def trainer(output_dir: Path, *, pairs: int = 11, **keywords: Any) -> ORPOTraine
     )
 
 
+def step_lines(trainer: ORPOTrainer) -> list[dict[str, Any]]:
+    """What the trainer logged of its steps; not its evaluations, and not the summary at the end."""
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command ended with: its exit status, and what it wrote to stderr."""

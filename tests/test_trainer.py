@@ -198,7 +198,8 @@ def test_metrics_have_every_name(tmp_path: Path, stage: int) -> None:
         assert all(math.isfinite(value) for value in line.values())
         assert line["grad_norm"] > 0
     assert lines[2].keys() >= {f"eval_{name}" for name in TRL_METRICS} | {"step", "epoch", "eval_runtime"}
-    assert lines == trainer.state.log_history
+    assert [*lines, trainer.state.log_history[-1]] == trainer.state.log_history
+    assert trainer.state.log_history[-1].keys() >= {"train_runtime", "train_loss", "step", "epoch"}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -227,7 +228,7 @@ def test_means_are_over_all_steps_since_the_last_log(tmp_path: Path) -> None:
     each.train()
     once = small_runs.trainer(tmp_path / "once", max_steps=3, logging_steps=3)
     summary = once.train()
-    losses = [line["loss"] for line in each.state.log_history]
+    losses = [line["loss"] for line in small_runs.step_lines(each)]
     assert once.state.log_history[0]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
     assert summary.training_loss == pytest.approx(sum(losses) / 3, rel=1e-6)
 
@@ -323,17 +324,24 @@ def test_callbacks_see_the_events_in_order(tmp_path: Path) -> None:
         ("on_train_begin", 0),
         ("on_epoch_begin", 0),
         ("on_step_begin", 0),
+        ("on_pre_optimizer_step", 0),
+        ("on_optimizer_step", 0),
         ("on_step_end", 1),
         ("on_step_begin", 1),
+        ("on_pre_optimizer_step", 1),
+        ("on_optimizer_step", 1),
         ("on_step_end", 2),
-        ("on_epoch_end", 2),
         *((name, 2) for name in closing),
+        ("on_epoch_end", 2),
         ("on_epoch_begin", 2),
         ("on_step_begin", 2),
+        ("on_pre_optimizer_step", 2),
+        ("on_optimizer_step", 2),
         ("on_step_end", 3),
+        *((name, 3) for name in closing[1:]),
         ("on_epoch_end", 3),
-        *((name, 3) for name in closing),
-        ("on_log", 3),
+        ("on_log", 3),  # the last step, which no interval would have logged
+        ("on_log", 3),  # the summary
         ("on_train_end", 3),
     ]
 
@@ -452,7 +460,7 @@ def test_learning_rates(tmp_path: Path, kind: str, changes: dict[str, Any], fact
         tmp_path / "run", lr_scheduler_type=kind, max_steps=5, learning_rate=1e-3, **changes
     )
     trainer.train()
-    logged = [line["learning_rate"] for line in trainer.state.log_history]
+    logged = [line["learning_rate"] for line in small_runs.step_lines(trainer)]
     assert logged == pytest.approx([1e-3 * factor for factor in factors], abs=1e-12)
 
 
@@ -470,7 +478,7 @@ def test_optimizers_by_name(tmp_path: Path, optim: str, kind: str, stage: int) -
     assert trainer.engine is not None
     assert type(trainer.engine.optimizer).__name__ == kind
     assert all(not torch.equal(before[name], value) for name, value in parameters(trainer).items())
-    losses = [line["loss"] for line in trainer.state.log_history]
+    losses = [line["loss"] for line in small_runs.step_lines(trainer)]
     assert losses[-1] < losses[0]
 
 
@@ -519,7 +527,7 @@ def test_ones_own_optimizer_and_schedule(tmp_path: Path) -> None:
     assert trainer.engine is not None
     assert trainer.engine.optimizer is optimizer
     assert trainer.engine.scheduler is scheduler
-    assert [line["learning_rate"] for line in trainer.state.log_history] == [0.25, 0.25]
+    assert [line["learning_rate"] for line in small_runs.step_lines(trainer)] == [0.25, 0.25]
 
 
 def test_an_optimizer_and_one_in_the_json_exclude_each_other(tmp_path: Path) -> None:
@@ -549,7 +557,7 @@ def test_bf16_is_close_to_fp32(tmp_path: Path, stage: int) -> None:
             deepspeed=f"zero{stage}",
         )
         trainer.train()
-        history[bf16] = trainer.state.log_history
+        history[bf16] = small_runs.step_lines(trainer)
     for exact, rounded in zip(history[False], history[True], strict=True):
         # bf16 keeps 8 bits; a loss is a mean over hundreds of tokens, each within a few roundings.
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=2**-6)
@@ -580,7 +588,7 @@ def test_fp16_finds_its_loss_scale(tmp_path: Path, stage: int) -> None:
         },
     )
     trainer.train()
-    lines = trainer.state.log_history
+    lines = small_runs.step_lines(trainer)
     # fp16 keeps 11 bits; a loss is a mean over hundreds of tokens, each within a few roundings.
     assert lines[0]["loss"] == pytest.approx(exact.state.log_history[0]["loss"], rel=2**-8)
     skipped = lines[-1]["skipped_steps"]

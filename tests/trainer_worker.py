@@ -50,7 +50,7 @@ def quick_start(folder: Path) -> dict[str, Any]:
     place = (training_args.world_size, training_args.process_index, training_args.local_process_index)
     return {
         "parameters": full_state(trainer.model),
-        "history": trainer.state.log_history,
+        "history": small_runs.step_lines(trainer),
         "places": distributed.gather_objects(place),
         "reporters": distributed.gather_objects(
             len(reporting_callbacks(training_args, output_dir=str(folder), facts=dict))
@@ -70,7 +70,7 @@ def by_name(folder: Path) -> dict[str, Any]:
     trainer.save_model()
     return {
         "parameters": full_state(trainer.model),
-        "history": trainer.state.log_history,
+        "history": small_runs.step_lines(trainer),
         "elements_before_the_engine": sum(held),
     }
 
@@ -114,7 +114,7 @@ def adapters(folder: Path) -> dict[str, Any]:
         "head_trains": head.requires_grad,
         "head_gradients": [gradient is not None for gradient in gradients],
         "base": full_state(whole),
-        "history": trainer.state.log_history,
+        "history": small_runs.step_lines(trainer),
     }
 
 

@@ -2,6 +2,7 @@
 
 The trainer uses it like this, on all ranks:
 
+    with sole_job(output_dir, ranks): ...       # all of what follows
     source = resolve_resume(args.resume_from_checkpoint, output_dir, ranks=ranks)      # or None
     claim_output_dir(output_dir, resume_from=source, overwrite_output_dir=False, ranks=ranks)
     store = CheckpointStore(output_dir, save_total_limit=3, ranks=ranks)
@@ -16,6 +17,7 @@ The trainer uses it like this, on all ranks:
 `check_engine`, `save_engine` and `load_engine` are in `engine_state`, the one module that imports DeepSpeed.
 """
 
+from orpo_ds.checkpoint.lock import sole_job
 from orpo_ds.checkpoint.manifest import CheckpointMetadata, Manifest, read_manifest, verify
 from orpo_ds.checkpoint.output_dir import claim_output_dir
 from orpo_ds.checkpoint.rank_state import load_rank_state, save_rank_state
@@ -37,5 +39,6 @@ __all__ = [
     "read_manifest",
     "resolve_resume",
     "save_rank_state",
+    "sole_job",
     "verify",
 ]

@@ -88,6 +88,34 @@ def check_engine(engine: DeepSpeedEngine) -> None:
         )
 
 
+def checkpoint_bytes(engine: DeepSpeedEngine, *, only_model: bool) -> int:
+    """About what this rank adds to a checkpoint: weights, and optimizer state as far as it is in memory yet.
+
+    Args:
+        engine: any ZeRO stage.
+        only_model: the weights alone.
+    """
+    weights = list(engine.module.parameters())
+    size = 0
+    if engine.zero_optimization_partition_weights():
+        # Of the weights that train, DeepSpeed stores the fp32 copy alone.
+        stored = [value for value in weights if only_model or not value.requires_grad]
+        size += sum(_bytes(value.ds_tensor) for value in stored)
+    elif engine.global_rank == 0:
+        size += sum(_bytes(value) for value in weights)
+    if only_model or (engine.global_rank and not engine.zero_optimization()):
+        return size
+    own = {id(value) for value in weights}
+    for parameter, state in engine.basic_optimizer.state.items():
+        size += 0 if id(parameter) in own else _bytes(parameter)  # the fp32 copy, if there is one
+        size += sum(_bytes(value) for value in state.values() if torch.is_tensor(value))
+    return size
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def save_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any) -> None:
     """Write parameters and optimizer state into `folder/engine`, the schedule beside it. All ranks call it.
 

@@ -25,7 +25,7 @@ from orpo_ds.redact import redact
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "orpo_ds checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGES = ("orpo_ds", "torch", "transformers", "deepspeed", "datasets", "peft")
 
 READ_BYTES = 16 * 2**20

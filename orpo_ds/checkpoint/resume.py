@@ -125,6 +125,12 @@ def check_resume(folder: Path, current: CheckpointMetadata) -> Manifest:
     """
     manifest = read_manifest(folder)
     saved = manifest.metadata
+    if saved.config.get("save_only_model"):
+        raise ValueError(
+            f"{folder} was written with save_only_model=True: it holds the model, and not the optimizer's state, the "
+            "schedule and the random generators that a resume needs. Start a new run with model_name_or_path="
+            f"{str(folder)!r}, or continue from a checkpoint that was written without save_only_model."
+        )
     differences = [
         f"{name}: {before!r} in the checkpoint, {now!r} in this run ({advice})"
         for name, advice in COMPARED_BY_NAME.items()

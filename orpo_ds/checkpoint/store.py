@@ -189,16 +189,17 @@ class CheckpointStore:
                 logger.warning("skipping %s, which is not a good checkpoint: %s", folder, "; ".join(problems))
         return None
 
-    def prune(self, *, keep: Iterable[Path] = ()) -> list[Path]:
+    def prune(self, *, keep: Iterable[Path] = (), keep_newest: bool = True) -> list[Path]:
         """Delete the oldest checkpoints beyond `save_total_limit`. Collective.
 
-        `keep` (the best one) stays and counts. The newest good checkpoint always stays: nothing is deleted
-        before its bytes were proved, by this run's own save or by reading them again. Folders without our
-        manifest are never touched. Returns the deleted folders.
+        `keep` (the best one) stays and counts. The newest good checkpoint always stays, unless the training is over
+        (`keep_newest=False`). Nothing is deleted before the bytes of one that stays were proved, by this run's own
+        save or by reading them again. Folders without our manifest are never touched. Returns the deleted folders.
         """
         if self.save_total_limit is None:
             return []
-        whole, surplus = on_main(self.ranks, lambda: self._split_by_limit({Path(path).name for path in keep}))
+        names = {Path(path).name for path in keep}
+        whole, surplus = on_main(self.ranks, lambda: self._split_by_limit(names, keep_newest=keep_newest))
         if not surplus or not any(self._prove(folder) for folder in whole):
             return []
         on_main(self.ranks, lambda: self._delete(surplus))
@@ -208,7 +209,7 @@ class CheckpointStore:
         for folder in folders:
             shutil.rmtree(self._set_aside(folder))
 
-    def _split_by_limit(self, keep: set[str]) -> tuple[list[Path], list[Path]]:
+    def _split_by_limit(self, keep: set[str], *, keep_newest: bool) -> tuple[list[Path], list[Path]]:
         """(checkpoints that stay, newest first; checkpoints to delete). Only whole ones fill the limit."""
         folders = self.checkpoints()
         whole = [folder for folder in folders if not problems_by_size(folder)]
@@ -216,7 +217,7 @@ class CheckpointStore:
         for folder in whole:
             if len(kept) < (self.save_total_limit or 0) and folder not in kept:
                 kept.append(folder)
-        if whole and whole[0] not in kept:
+        if whole and whole[0] not in kept and keep_newest:
             kept.append(whole[0])
         kept.sort(key=step_of, reverse=True)
         return kept, [folder for folder in folders if folder not in kept]

@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from orpo_ds.data.image_inputs import ImageInputs
 from orpo_ds.data.truncate import TokenPair
 
 logger = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished"
 
 FEATURES = datasets.Features(
     {
@@ -147,6 +151,7 @@ def build_once(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) 
     """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder.parent)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(folder, tokenize_into)
@@ -155,7 +160,8 @@ def build_once(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) 
 
 def _build(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) -> None:
     # The name is unique, not only locked: some cluster file systems grant a lock to two nodes at once.
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".unfinished", dir=folder.parent))
+    owner = f"{socket.gethostname()}.{os.getpid()}."
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.{owner}", suffix=UNFINISHED, dir=folder.parent))
     try:
         _write_index(unfinished, tokenize_into(unfinished))
         unfinished.chmod(0o755)  # mkdtemp's folder is private; a cache may be shared
@@ -166,6 +172,25 @@ def _build(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) -> N
         logger.info("%s was built by another process meanwhile", folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_abandoned(cache_dir: Path) -> None:
+    """Remove what processes of this host have begun in `cache_dir` and, killed, can never finish."""
+    for folder in cache_dir.glob(f"*.{socket.gethostname()}.*{UNFINISHED}"):
+        pid = folder.name.removesuffix(UNFINISHED).split(".")[-2]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            logger.warning("removing %s: process %s was killed while it tokenised", folder, pid)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def _write_index(folder: Path, lines: datasets.Dataset) -> None:

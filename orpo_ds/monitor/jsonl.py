@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,23 @@ class MetricsFile:
                 raise
         self._waiting.clear()
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Before a resume continues: take back what was written after `step`, and a line cut off by a crash.
+
+        Of the lines of `step` itself those stay that are in `history`: an evaluation may have come after the save.
 
         The lines are appended to `metrics.superseded.jsonl` first; then the file is replaced in one go.
         """
         if not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = {line for line in lines if (number := step_of_line(line)) is not None and number <= step}
+        known = [finite(entry) for entry in history if entry["step"] == step]
+        kept = {
+            line
+            for line in lines
+            if (number := step_of_line(line)) is not None
+            and (number < step or (number == step and json.loads(line) in known))
+        }
         superseded = [line for line in lines if line not in kept]
         if not superseded:
             return

@@ -8,7 +8,11 @@ _WHEN: tuple[Claim, ...] = (
     Honoured("eval_strategy", "", "tests/test_trainer.py::test_strategies"),
     Mapped("evaluation_strategy", "eval_strategy", "The same word."),
     Honoured("eval_steps", "Below 1, a share of all steps.", "tests/test_trainer.py::test_strategies"),
-    Honoured("eval_delay", "Steps or epochs before the first evaluation.", ""),
+    Honoured(
+        "eval_delay",
+        "Steps or epochs before the first evaluation.",
+        "tests/test_events.py::test_events_are_those_of_transformers",
+    ),
     Honoured("eval_on_start", "Evaluates before the first step.", "tests/test_trainer.py::test_strategies"),
     Honoured(
         "per_device_eval_batch_size",
@@ -67,13 +71,21 @@ _WHAT: tuple[Claim, ...] = (
 )
 
 _BEST: tuple[Claim, ...] = (
-    not_built("load_best_model_at_end", "going back to the best checkpoint"),
+    Honoured(
+        "load_best_model_at_end",
+        "Loads the best checkpoint into the engine, bit for bit; it is never pruned. Not with `save_only_model`.",
+        "tests/test_best.py::test_the_best_model_is_loaded_at_the_end",
+    ),
     Honoured(
         "metric_for_best_model",
-        "What `reduce_lr_on_plateau` and `greedy` follow.",
-        "",
+        "Also what `reduce_lr_on_plateau` and `greedy` follow.",
+        "tests/test_best.py::test_save_strategy_best",
     ),
-    Honoured("greater_is_better", "Whether a higher `metric_for_best_model` is the better one.", ""),
+    Honoured(
+        "greater_is_better",
+        "Unset: not for a metric whose name ends in `loss`.",
+        "tests/test_best.py::test_save_strategy_best",
+    ),
 )
 
 GROUPS = (

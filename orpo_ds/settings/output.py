@@ -17,9 +17,8 @@ _CHECKPOINTS: tuple[Claim, ...] = (
     ),
     Honoured(
         "save_strategy",
-        "",
-        "tests/test_trainer.py::test_strategies",
-        refuses={"best": "saving the best step only is not built yet. Use 'steps' or 'epoch'."},
+        "`best`: whenever an evaluation is better than ever.",
+        "tests/test_best.py::test_save_strategy_best",
     ),
     Honoured("save_steps", "Below 1, a share of all steps.", "tests/test_trainer.py::test_strategies"),
     Honoured(
@@ -29,15 +28,27 @@ _CHECKPOINTS: tuple[Claim, ...] = (
     ),
     Refused("save_safetensors", "a model is written as safetensors, never as a pickle", "Leave it at True."),
     not_built("save_on_each_node", "a copy of the model on each host"),
-    not_built("save_only_model", "a checkpoint without the optimizer"),
+    Honoured(
+        "save_only_model",
+        "A checkpoint is a model folder with a manifest; to resume from it is refused.",
+        "tests/test_best.py::test_save_only_model",
+    ),
     not_built("enable_jit_checkpoint", "a checkpoint when the cluster takes the machine back"),
     Honoured(
         "resume_from_checkpoint",
         "True: the newest good one in `output_dir`; a path: that one.",
         "tests/test_cli.py::test_resume_by_flag",
     ),
-    not_built("ignore_data_skip", "a resume that begins with the first batch again"),
-    not_built("restore_callback_states_from_checkpoint", "callbacks that continue where they were"),
+    Honoured(
+        "ignore_data_skip",
+        "A resume begins the epoch under way again; otherwise it goes on with the batch after the checkpoint's.",
+        "tests/test_best.py::test_ignore_data_skip_begins_the_epoch_again",
+    ),
+    Honoured(
+        "restore_callback_states_from_checkpoint",
+        "A resume brings callbacks with a state (`ExportableState`) back to where they were.",
+        "tests/test_best.py::test_states_of_callbacks_are_restored",
+    ),
 )
 
 _LOGS: tuple[Claim, ...] = (

@@ -62,7 +62,7 @@ def test_missing_and_truncated_files_are_named(checkpoint: Path) -> None:
     [
         (lambda text: text.replace('"step": 20', '"step": 21'), "changed after it was written"),
         (lambda text: text[: len(text) // 2], "not valid JSON"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 9'), "format version 9"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 9'), "format version 9"),
         (lambda text: "[]", "not that of an orpo_ds checkpoint"),
     ],
 )

@@ -7,6 +7,8 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,25 @@ def test_an_interrupted_start_leaves_nothing_behind(tmp_path: Path, counting: Co
     assert _entries(tmp_path / "cache") == []
     counting.calls_before_failure = None
     assert len(_tokenize(rows, tmp_path / "cache", processing_class=counting)) == 800
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder of a process that lives, or of another host, is somebody's work."""
+    with subprocess.Popen(["sleep", "60"]) as living:
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        host = socket.gethostname()
+        names = {
+            f"key.{host}.{ended.pid}.ab_c12.unfinished": False,
+            f"key.{host}.{living.pid}.ab_c12.unfinished": True,
+            f"key.other-{host}.{ended.pid}.ab_c12.unfinished": True,
+        }
+        for name in names:
+            (tmp_path / name).mkdir()
+        _tokenize(_standard_rows({}), tmp_path)
+        assert {name: (tmp_path / name).exists() for name in names} == names
+        assert f"process {ended.pid} was killed" in caplog.text
+        living.kill()
 
 
 def test_opening_and_reading_does_not_bring_the_ids_into_memory(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_prompt_longer_than_max_length_trains(tmp_path: Path, layout: str) -> 
     trainer.train()
     assert all(torch.isfinite(value).all() for value in trainer.model.parameters())
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
-    assert trainer.state.log_history[-1]["logps/rejected"] < 0
+    assert small_runs.step_lines(trainer)[-1]["logps/rejected"] < 0
 
 
 # ---------------------------------------------------------------------- model and tokenizer

@@ -54,13 +54,13 @@ def test_what_json_lacks_is_null(tmp_path: Path) -> None:
 def test_after_a_resume_each_step_is_there_once(tmp_path: Path) -> None:
     write(MetricsFile(tmp_path), entries(10, 20, 30, 40))
     resumed = MetricsFile(tmp_path)
-    resumed.rewind(20)
+    resumed.rewind(20, entries(10, 20))
     write(resumed, entries(30, 40, 50, run="second"))
     assert read_metrics(resumed.path) == entries(10, 20) + entries(30, 40, 50, run="second")
     assert read_metrics(tmp_path / "metrics.superseded.jsonl") == entries(30, 40)
 
     again = MetricsFile(tmp_path)
-    again.rewind(40)
+    again.rewind(40, entries(40, run="second"))
     assert read_metrics(tmp_path / "metrics.superseded.jsonl") == entries(30, 40) + entries(50, run="second")
 
 
@@ -70,7 +70,7 @@ def test_a_line_that_a_crash_cut_off_is_taken_back(tmp_path: Path) -> None:
     with file.path.open("a") as torn:
         torn.write('{"step": 30, "lo')
     assert read_metrics(file.path) == entries(10, 20)
-    file.rewind(20)
+    file.rewind(20, entries(10, 20))
     write(file, entries(30))
     assert read_metrics(file.path) == entries(10, 20, 30)
     assert (tmp_path / "metrics.superseded.jsonl").read_text() == '{"step": 30, "lo\n'
@@ -78,12 +78,20 @@ def test_a_line_that_a_crash_cut_off_is_taken_back(tmp_path: Path) -> None:
 
 def test_a_resume_at_the_end_changes_nothing(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path)
-    file.rewind(20)
+    file.rewind(20, [])
     write(file, entries(10, 20))
     before = file.path.read_bytes()
-    file.rewind(20)
+    file.rewind(20, entries(10, 20))
     assert file.path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_after_the_save_of_its_step_is_taken_back(tmp_path: Path) -> None:
+    """The resumed run evaluates again, because its checkpoint does not know that it was done."""
+    file = MetricsFile(tmp_path)
+    write(file, [*entries(10, 20), {"step": 20, "eval_loss": 1.0}])
+    file.rewind(20, entries(10, 20))
+    assert read_metrics(file.path) == entries(10, 20)
 
 
 @pytest.fixture
