@@ -77,7 +77,14 @@ def train(words: Sequence[str]) -> None:
     _train_and_save(trainer)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train}
+def chat(words: Sequence[str]) -> None:
+    """Talk to a model in the terminal, beside another one with --compare."""
+    from orpo_ds import chat as command
+
+    command.chat(words)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "chat": chat}
 
 
 def parse_train_arguments(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig]:
