@@ -32,6 +32,7 @@ NO_ZERO = {"zero_optimization": {"stage": 0}}  # what DeepSpeed does with a JSON
 
 LayoutName = Literal["auto", "packed", "padded"]
 UnusableRows = Literal["error", "drop"]
+RouterBalance = Literal["global_batch", "micro_step"]
 
 
 @dataclass
@@ -125,6 +126,14 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             "of the head are recomputed."
         },
     )
+    router_balance: RouterBalance = field(
+        default="global_batch",
+        metadata={
+            "help": "Tokens over which a mixture of experts with output_router_logits is balanced. global_batch: "
+            "exact for any number of ranks and micro-batches, for one more forward pass where a step has several "
+            "micro-steps; micro_step: the mean of the micro-steps' balances."
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without the model's own dropout."})
     label_pad_token_id: int = field(
         default=-100, metadata={"help": "Label of tokens that no loss counts (encoder-decoder labels)."}
@@ -197,6 +206,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             ("layout", LayoutName),
             ("unusable_rows", UnusableRows),
             ("truncation_mode", TruncationMode),
+            ("router_balance", RouterBalance),
         ):
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:

@@ -21,6 +21,7 @@ from orpo_ds import distributed
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, release_gathered
+from orpo_ds.experts import ExpertCount
 from orpo_ds.layout import RunLayout
 from orpo_ds.monitor.metrics import MetricSums, mean_metrics
 from orpo_ds.predictions import Collector, Predictions, Preprocess, Wanted, map_tree, stacked
@@ -70,7 +71,7 @@ class Evaluation:
         size = args.per_device_eval_batch_size * distributed.world_size()
         rounds = [range(first, min(first + size, len(dataset))) for first in range(0, len(dataset), size)]
         collected = None if loss_only else _Collected(self, dataset, ignore_keys=ignore_keys or ())
-        sums, engine = MetricSums(), self.engine.deepspeed
+        sums, experts, engine = MetricSums(), ExpertCount(), self.engine.deepspeed
         engine.eval()
         with self.layout.attention():
             for number, (plan, micro_batches) in enumerate(feed.steps(rounds, device=args.device), start=1):
@@ -80,10 +81,11 @@ class Evaluation:
                         nll_tokens_total=plan.nll_tokens,
                         pairs_total=plan.pairs,
                         observe=None if collected is None else collected.collector,
+                        count_experts=experts,
                     )
-                    del found[
-                        "loss"
-                    ]  # a share of this round's loss; that of the dataset follows from the sums
+                    # Shares of this round's values; those of the dataset follow from the sums.
+                    del found["loss"]
+                    found.pop("aux_loss", None)
                     sums.add_micro_batch(found, batch)
                 if collected is not None:
                     collected.end_round(last=number == len(rounds))
@@ -91,6 +93,8 @@ class Evaluation:
         engine.train()
         release_gathered(engine)
         means = mean_metrics(sums.reduce(distributed.sum_over_ranks), steps=len(rounds))
+        if experts.total is not None:
+            means["aux_loss"] = experts.over_ranks().balance().item()
         aux = self.layout.parts.aux_coefficient * means.get("aux_loss", 0.0)
         own = {"loss": means["nll_loss"] - args.beta * means["log_odds_ratio"] + aux, **means}
         users = {} if collected is None else collected.users_metrics()

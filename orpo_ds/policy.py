@@ -18,7 +18,8 @@ from orpo_ds.data.packing import MicroBatch, TargetRows
 from orpo_ds.loss.odds_ratio import orpo_loss
 from orpo_ds.loss.row_logits import LogitReader
 from orpo_ds.loss.token_logps import token_logps
-from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states, router_aux_loss
+from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states
+from orpo_ds.model.router import ExpertSums, expert_sums
 
 
 class Observer(Protocol):
@@ -26,6 +27,11 @@ class Observer(Protocol):
 
     def __call__(self, batch: MicroBatch, *, hidden: Tensor, logps: Tensor, head: LogitReader) -> None:
         """Take what is wanted of the hidden states `[N, H]`, the target rows' log-probs `[R]` and the head."""
+
+
+def alone(values: Tensor) -> Tensor:
+    """The sum over the ranks of a job of one."""
+    return values
 
 
 class TiledHead(nn.Module):
@@ -74,7 +80,14 @@ class OrpoPolicy(nn.Module):
     """A language model whose forward is the ORPO loss of a micro-batch."""
 
     def __init__(
-        self, model: PreTrainedModel, *, beta: float, logits_cache_mib: int, tile_rows: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        beta: float,
+        logits_cache_mib: int,
+        tile_rows: int | None = None,
+        router_balance: str = "global_batch",
+        sum_over_ranks: Callable[[Tensor], Tensor] = alone,
     ) -> None:
         """Wrap a causal or encoder-decoder language model.
 
@@ -83,10 +96,14 @@ class OrpoPolicy(nn.Module):
             beta: weight of the odds-ratio term.
             logits_cache_mib: see `TiledHead`.
             tile_rows: see `TiledHead`.
+            router_balance: see `ORPOConfig`; the step reads it.
+            sum_over_ranks: of a small tensor; a mixture of experts is balanced over the tokens of all ranks.
         """
         super().__init__()
         self.model = model
         self.beta = beta
+        self.router_balance = router_balance
+        self.sum_over_ranks = sum_over_ranks
         self.parts = find_parts(model)
         self.head = TiledHead(self.parts, logits_cache_mib=logits_cache_mib, tile_rows=tile_rows)
 
@@ -97,6 +114,10 @@ class OrpoPolicy(nn.Module):
         nll_tokens_total: int,
         pairs_total: int,
         observe: Observer | None = None,
+        experts: ExpertSums | None = None,
+        tokens_total: int | None = None,
+        count_experts: Callable[[ExpertSums], None] | None = None,
+        count_only: bool = False,
     ) -> dict[str, Tensor]:
         """The micro-batch's share of the global loss, and the sums of its metrics.
 
@@ -105,13 +126,25 @@ class OrpoPolicy(nn.Module):
             nll_tokens_total: nll tokens of the whole global batch.
             pairs_total: pairs of the whole global batch.
             observe: shown the micro-batch from inside (evaluation only).
+            experts: what all tokens of the global batch did to the experts; None: the micro-batches that the ranks
+                push at this moment are all of it. This and what follows is for models with a router.
+            tokens_total: tokens of all full sequences of the global batch; given, the experts are balanced in these
+                micro-batches by themselves, which count for their part of the tokens.
+            count_experts: shown what this micro-batch's tokens did, without a gradient.
+            count_only: do only that: no head, no loss.
 
         Returns:
-            `loss`: scalar fp32 with a gradient; the sum over all micro-batches and ranks is the global loss.
-            Every other entry is a detached scalar sum over this micro-batch (see `orpo_loss`).
+            `loss`: scalar fp32 with a gradient; the sum over all micro-batches and ranks is the global loss, and that
+            of `aux_loss` the balance of the global batch. Every other entry is a detached scalar sum over this
+            micro-batch (see `orpo_loss`).
         """
         rows = batch.rows
         hidden, router_logits = hidden_states(self.parts, batch)
+        own = self._expert_sums(router_logits, batch)
+        if own is not None and count_experts is not None:
+            count_experts(own.detach())
+        if count_only:
+            return {}
         logps = self.head(hidden, rows, None if observe is None else partial(observe, batch))
         terms = orpo_loss(
             logps,
@@ -125,13 +158,21 @@ class OrpoPolicy(nn.Module):
             pairs_total=pairs_total,
         )
         loss, sums = terms.loss, dict(terms.sums)
-        if router_logits is not None:
-            # The experts' balance is a product of means over a micro-batch's tokens, not a sum over pairs. Each
-            # micro-batch counts by its pairs, so it is exact for a global batch that is one micro-batch.
-            pairs = len(batch.pair_ids)
-            aux = loss.new_zeros(())
-            if pairs:
-                aux = router_aux_loss(self.parts, router_logits, token_weight=batch.token_weight)
-            loss = loss + self.parts.aux_coefficient * aux * pairs / pairs_total
-            sums["aux_loss"] = aux.detach() * pairs
+        if own is not None and router_logits is not None:
+            whole = own.over_ranks(self.sum_over_ranks) if experts is None else experts
+            aux = own.balance(whole)
+            if tokens_total is not None:
+                aux = aux * (whole.tokens / (len(router_logits) * tokens_total)).to(aux.dtype)
+            loss = loss + self.parts.aux_coefficient * aux
+            sums["aux_loss"] = aux.detach()
         return {"loss": loss, **sums}
+
+    def _expert_sums(self, router_logits: tuple[Tensor, ...] | None, batch: MicroBatch) -> ExpertSums | None:
+        if router_logits is None or self.parts.router is None:
+            return None
+        return expert_sums(
+            self.parts.router,
+            router_logits,
+            token_weight=batch.token_weight,
+            checkpointed=self.training and self.parts.model.is_activation_checkpointing,
+        )

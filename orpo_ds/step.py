@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from orpo_ds.data.feed import StepPlan
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.engine import Engine, keep_plain_norm
 from orpo_ds.host_memory import give_back
+from orpo_ds.experts import balance_totals
 
 # Takes the metric sums of a micro-batch, `loss` among them.
 Recorder = Callable[[dict[str, Tensor], MicroBatch], None]
@@ -79,10 +81,14 @@ def train_step(
     """
     ds = engine.deepspeed
     last = len(plan.micro_batches) - 1
+    totals: dict[str, Any] = {"nll_tokens_total": plan.nll_tokens, "pairs_total": plan.pairs}
+    if ds.module.parts.router is not None and last > 0:
+        micro_batches = list(micro_batches)
+        totals |= balance_totals(ds, plan, micro_batches)
     losses: list[tuple[Tensor, MicroBatch]] = []
     for number, batch in enumerate(micro_batches):
         ds.set_gradient_accumulation_boundary(number == last)
-        sums = ds(batch, nll_tokens_total=plan.nll_tokens, pairs_total=plan.pairs)
+        sums = ds(batch, **totals)
         give_back(sums["loss"].device)
         # DeepSpeed averages gradients over the ranks; the ranks' losses are shares of a sum.
         ds.backward(sums["loss"] * distributed.world_size(), scale_wrt_gas=False)

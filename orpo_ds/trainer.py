@@ -101,7 +101,13 @@ class ORPOTrainer:
         )
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         self.eval_datasets = {name: self._prepared(rows) for name, rows in named.items() if rows is not None}
-        self.policy = OrpoPolicy(self.model, beta=self.args.beta, logits_cache_mib=self.args.logits_cache_mib)
+        self.policy = OrpoPolicy(
+            self.model,
+            beta=self.args.beta,
+            logits_cache_mib=self.args.logits_cache_mib,
+            router_balance=self.args.router_balance,
+            sum_over_ranks=distributed.sum_over_ranks,
+        )
         self._optimizers = optimizers
         self.engine: Engine | None = None
         self._chosen_layout: RunLayout | None = None

@@ -19,12 +19,12 @@ from tests.trainer_worker import BATCH_SIZES, EVAL_PAIRS
 TOLERANCE = 1e-5  # fp32 sums in another order, against float64
 
 
-def evaluation_errors(found: Mapping[str, float]) -> dict[str, float]:
+def evaluation_errors(found: Mapping[str, float], *, family: str = "qwen2") -> dict[str, float]:
     """Errors of `eval_` metrics of this file's evaluation set, against float64 and one padded batch."""
     tokenizer = tiny_tokenizer()
     pairs = token_pairs(small_runs.rows(EVAL_PAIRS), tokenizer=tokenizer)
     padded = pad_pairs(pairs, pad_token_id=tokenizer.pad_token_id)
-    exact = reference_step(small_runs.model_of(), padded, beta=0.1)
+    exact = reference_step(small_runs.model_of(family), padded, beta=0.1)
     plain = {name.removeprefix("eval_"): value for name, value in found.items()}
     return metric_errors(plain, {**exact.metrics, "loss": exact.loss})
 
@@ -42,6 +42,21 @@ def test_evaluation_is_exact_on_one_rank(tmp_path: Path, batch_size: int, layout
     found = trainer.evaluate()
     assert max(evaluation_errors(found).values()) <= TOLERANCE
     assert trainer.state.log_history == [{"step": 0, "epoch": 0, **found}]
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_the_balance_of_experts_is_that_of_the_whole_set(tmp_path: Path, batch_size: int) -> None:
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        model=small_runs.model_of("mixtral"),
+        eval_dataset=small_runs.dataset(EVAL_PAIRS),
+        train_dataset=None,
+        per_device_eval_batch_size=batch_size,
+        max_tokens_per_micro_batch=130,
+    )
+    found = trainer.evaluate()
+    assert "eval_aux_loss" in found
+    assert max(evaluation_errors(found, family="mixtral").values()) <= TOLERANCE
 
 
 def test_several_evaluation_sets_have_names_of_their_own(tmp_path: Path) -> None:

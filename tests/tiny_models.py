@@ -12,6 +12,12 @@ from collections.abc import Callable
 
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CohereConfig,
+    CohereForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -20,12 +26,16 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -33,6 +43,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -148,6 +160,96 @@ def _mixtral(vocab_size: int) -> PreTrainedModel:
     return MixtralForCausalLM(config)
 
 
+def _qwen3_moe(vocab_size: int) -> PreTrainedModel:
+    config = Qwen3MoeConfig(
+        **_shape(vocab_size),
+        **_special_tokens(),
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.05,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def _olmoe(vocab_size: int) -> PreTrainedModel:
+    config = OlmoeConfig(
+        **_shape(vocab_size),
+        **_special_tokens(),
+        num_experts=8,
+        num_experts_per_tok=3,
+        output_router_logits=True,
+        router_aux_loss_coef=0.05,
+    )
+    return OlmoeForCausalLM(config)
+
+
+def _deepseek_v3(vocab_size: int) -> PreTrainedModel:
+    """Latent attention, whose values are narrower than its queries and keys; a dense layer before the experts."""
+    shape = _shape(vocab_size) | {"num_key_value_heads": 4}
+    config = DeepseekV3Config(
+        **shape,
+        **_special_tokens(),
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=14,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+    )
+    return DeepseekV3ForCausalLM(config)
+
+
+def _cohere(vocab_size: int) -> PreTrainedModel:
+    config = CohereConfig(**_shape(vocab_size), **_special_tokens(), logit_scale=0.3, use_qk_norm=True)
+    return CohereForCausalLM(config)
+
+
+def _granite(vocab_size: int) -> PreTrainedModel:
+    config = GraniteConfig(
+        **_shape(vocab_size),
+        **_special_tokens(),
+        logits_scaling=3.0,
+        attention_multiplier=0.1,
+        embedding_multiplier=4.0,
+        residual_multiplier=0.5,
+        tie_word_embeddings=True,
+    )
+    return GraniteForCausalLM(config)
+
+
+def _bart(vocab_size: int) -> PreTrainedModel:
+    """Learned positions, and a bias of the logits that is no parameter."""
+    config = BartConfig(
+        vocab_size=vocab_size,
+        d_model=HIDDEN,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        max_position_embeddings=MAX_POSITIONS,
+        init_std=INITIALIZER_RANGE,
+        dropout=0.0,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        **_special_tokens(),
+    )
+    model = BartForConditionalGeneration(config)
+    torch.nn.init.normal_(model.final_logits_bias)  # zero in a new model: nobody would miss it
+    return model
+
+
 def _t5(vocab_size: int) -> PreTrainedModel:
     config = T5Config(
         vocab_size=vocab_size,
@@ -176,8 +278,13 @@ DECODER_ONLY: dict[str, Callable[[int], PreTrainedModel]] = {
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
     "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "deepseek_v3": _deepseek_v3,
+    "cohere": _cohere,
+    "granite": _granite,
 }
-FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {**DECODER_ONLY, "t5": _t5}
+FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {**DECODER_ONLY, "t5": _t5, "bart": _bart}
 
 
 def tiny_model(family: str, *, vocab_size: int = 97, seed: int = 0) -> PreTrainedModel:

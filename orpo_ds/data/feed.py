@@ -64,11 +64,13 @@ class StepPlan:
     Attributes:
         pairs: pairs of the global batch.
         nll_tokens: tokens of the global batch that the nll counts.
+        tokens: tokens of the two full sequences of all pairs of the global batch.
         micro_batches: dataset indices of this rank's micro-batches; every rank has the same number, some may be empty.
     """
 
     pairs: int
     nll_tokens: int
+    tokens: int
     micro_batches: list[list[int]]
 
 
@@ -103,9 +105,11 @@ class Feed:
         if budget is None:
             budget = sum(cost.tokens for cost in costs)
         deal = plan_micro_batches(costs, world_size=self.world_size, max_tokens=budget)
+        lengths = self.dataset.lengths.of(pairs)
         return StepPlan(
             pairs=len(pairs),
-            nll_tokens=int(self.dataset.lengths.of(pairs).nll_tokens(nll_on_prompt=self.nll_on_prompt).sum()),
+            nll_tokens=int(lengths.nll_tokens(nll_on_prompt=self.nll_on_prompt).sum()),
+            tokens=int(lengths.sequence_tokens().sum()),
             micro_batches=[[pairs[position] for position in positions] for positions in deal[self.rank]],
         )
 

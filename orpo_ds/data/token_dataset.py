@@ -88,6 +88,10 @@ class PairLengths:
         skipped = 1 + self.image_tokens if nll_on_prompt else np.maximum(self.chosen_start, 1)
         return self.trunk.astype(np.int64) + self.chosen - skipped
 
+    def sequence_tokens(self) -> NDArray[np.int64]:
+        """Tokens of the two full sequences of each pair, [N]."""
+        return 2 * self.trunk.astype(np.int64) + self.chosen + self.rejected
+
 
 class TokenDataset:
     """The usable token pairs of a dataset, read from memory-mapped files.

@@ -9,38 +9,18 @@ own logits before the first step.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.model.attention import AttentionCall
+from orpo_ds.model.router import Router, find_router
 
 # `config.logits_scaling` divides the logits (Granite) or the hidden states (MiniCPM3). It multiplies here:
 LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
-
-
-@dataclass(frozen=True, eq=False)
-class RouterLoss:
-    """How a mixture of experts balances its load (Switch Transformer, arXiv:2101.03961, equations 4 to 6).
-
-    Attributes:
-        coefficient: weight of the balance in the training loss.
-        num_experts: experts a layer.
-        experts_per_token: experts that a token is sent to.
-        load_balancing: the model's own `load_balancing_loss_func`.
-    """
-
-    coefficient: float
-    num_experts: int
-    experts_per_token: int
-    load_balancing: Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +44,7 @@ class ModelParts:
     head: nn.Linear
     scale: float
     softcap: float | None
-    router: RouterLoss | None
+    router: Router | None
 
     @property
     def bias(self) -> Tensor | None:
@@ -119,7 +99,7 @@ def find_parts(model: nn.Module) -> ModelParts:
         head=_find_head(base),
         scale=_logit_scale(base, config),
         softcap=_final_softcap(config),
-        router=_find_router(base, config),
+        router=find_router(base, config),
     )
 
 
@@ -159,32 +139,6 @@ def hidden_states(
         keywords.update(batch.image_inputs)
     output = backbone(batch.input_ids, **keywords)
     return output.last_hidden_state.flatten(0, 1), output.router_logits if parts.router is not None else None
-
-
-def router_aux_loss(parts: ModelParts, router_logits: tuple[Tensor, ...], *, token_weight: Tensor) -> Tensor:
-    """Balance of the experts' load over the tokens of one micro-batch, not yet times `aux_coefficient`.
-
-    Args:
-        parts: of a model with a router.
-        router_logits: [N, E] of every layer, from the backbone with `output_router_logits=True`.
-        token_weight: fp32 of N elements, how often a token stands in the two full sequences. The loss is a
-            function of weighted sums over tokens, so with a trunk counted twice it is the loss of the padded
-            sequences.
-
-    Returns:
-        Scalar fp32.
-
-    Raises:
-        ValueError: under reentrant gradient checkpointing, which cuts the router's gradient without a word.
-    """
-    router = parts.router
-    assert router is not None, "the caller asks for router logits only where there is a router"
-    if torch.is_grad_enabled() and parts.model.training and not router_logits[0].requires_grad:
-        raise ValueError(
-            "the router's logits have no gradient: set gradient_checkpointing_kwargs={'use_reentrant': False} "
-            "or output_router_logits=False in the model's config to train without load balancing"
-        )
-    return router.load_balancing(router_logits, router.num_experts, router.experts_per_token, token_weight)
 
 
 def _find_backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -241,23 +195,3 @@ def _final_softcap(config: PreTrainedConfig) -> float | None:
     """Gemma 2 to 4 and their relatives; RecurrentGemma has a name of its own for it."""
     softcap: float | None = getattr(config, "final_logit_softcapping", None)
     return getattr(config, "logits_soft_cap", None) if softcap is None else softcap
-
-
-def _find_router(model: PreTrainedModel, config: PreTrainedConfig) -> RouterLoss | None:
-    if not getattr(config, "output_router_logits", False):
-        return None
-    module = sys.modules[type(model).__module__]
-    load_balancing = getattr(module, "load_balancing_loss_func", None)
-    numbers = vars(model)
-    known = {"router_aux_loss_coef", "num_experts", "num_experts_per_tok"} <= numbers.keys()
-    if load_balancing is None or not known or "top_k" not in inspect.signature(load_balancing).parameters:
-        raise ValueError(
-            f"{type(model).__name__} has output_router_logits=True in its config, but computes the balance "
-            "of its experts in a way that is not known here. Set output_router_logits=False to go without"
-        )
-    return RouterLoss(
-        coefficient=numbers["router_aux_loss_coef"],
-        num_experts=numbers["num_experts"],
-        experts_per_token=numbers["num_experts_per_tok"],
-        load_balancing=load_balancing,
-    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from orpo_ds.model.anatomy import ModelParts
+from orpo_ds.model.router import expert_share
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,14 @@ def measure(parts: ModelParts) -> ModelSize:
     """Count a model's parameters, also where ZeRO-3 has sharded them."""
     config = parts.model.config.get_text_config(decoder=True)
     embeddings = {id(parts.model.get_input_embeddings().weight), id(parts.head.weight)}
+    share = expert_share(config)
     body, trainable = 0.0, 0
     for name, parameter in parts.model.named_parameters():
         if id(parameter) in embeddings:
             continue
         count = numel(parameter)
         trainable += count if parameter.requires_grad else 0
-        if parts.router is not None and ".experts." in name:
-            body += count * parts.router.experts_per_token / parts.router.num_experts
-        else:
-            body += count
+        body += count * share if ".experts." in name else count
     heads = config.num_attention_heads
     head_size = config.head_dim if "head_dim" in config and config.head_dim else config.hidden_size // heads
     return ModelSize(

@@ -18,7 +18,7 @@ from torch import Tensor
 from orpo_ds.data.packing import MicroBatch
 
 # By what a sum is divided. Everything else is a sum over pairs.
-PER_STEP = frozenset({"loss"})
+PER_STEP = frozenset({"aux_loss", "loss"})
 PER_NLL_TOKEN = frozenset({"nll_loss"})
 
 OverRanks = Callable[[Tensor], Tensor]
@@ -75,8 +75,8 @@ class MetricSums:
         """Take the detached scalar sums of a micro-batch; waits for nothing.
 
         Args:
-            sums: by TRL's names: `loss` as this micro-batch's share of its step's loss, `nll_loss` summed
-                over nll tokens, all others summed over pairs. The same names every time.
+            sums: by TRL's names: `loss` and `aux_loss` as this micro-batch's share of its step's value,
+                `nll_loss` summed over nll tokens, all others summed over pairs. The same names every time.
             batch: where they come from; for the counts.
         """
         names = tuple(sorted(sums))
@@ -174,7 +174,7 @@ class StepClock:
 
 
 def mean_metrics(totals: Totals, *, steps: int) -> dict[str, float]:
-    """The metrics by TRL's names: `loss` is the mean over steps, the others are over tokens or pairs."""
+    """The metrics by TRL's names: `loss` and `aux_loss` are means over steps, the others over tokens or pairs."""
     divisors = {
         **dict.fromkeys(PER_STEP, float(steps)),
         **dict.fromkeys(PER_NLL_TOKEN, totals.counts.nll_tokens),

@@ -54,7 +54,10 @@ class Setting:
     tile_rows: int | None = None
     logits_cache_mib: int = 0
     gradient_checkpointing: bool = False
+    router_balance: str = "global_batch"
 
+
+MIXTURES = ("qwen3_moe", "olmoe", "deepseek_v3")
 
 # Tokens: room for the longest pair of `tests.parity.rows` or for two short ones, so there are several micro-steps.
 TIGHT = 130
@@ -69,6 +72,13 @@ SETTINGS = [
     Setting("zero3, small tiles, cached", 3, tile_rows=5, logits_cache_mib=64),
     Setting("zero3, gradient checkpointing", 3, max_tokens=TIGHT, gradient_checkpointing=True),
     Setting("zero3, untied head", 3, family="llama", max_tokens=TIGHT),
+    # Experts, whose balance is a product of two means over the whole batch.
+    Setting("zero3, experts", 3, family="mixtral"),
+    Setting("zero3, experts, one micro-step", 3, family="mixtral", router_balance="micro_step"),
+    Setting("zero3, experts, tight budget", 3, family="mixtral", max_tokens=TIGHT),
+    Setting("zero2, experts, padded, tight budget", 2, "mixtral", padded=True, max_tokens=TIGHT_PADDED),
+    Setting("zero3, experts, checkpointing", 3, "mixtral", max_tokens=TIGHT, gradient_checkpointing=True),
+    *(Setting(f"zero3, {family}", 3, family, max_tokens=TIGHT) for family in MIXTURES),
 ]
 
 GLOBAL_BATCH = 4  # of 7 pairs: the second batch of an epoch holds 3, fewer than there are ranks
@@ -124,7 +134,12 @@ def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> 
     if setting.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = OrpoPolicy(
-        model, beta=0.1, logits_cache_mib=setting.logits_cache_mib, tile_rows=setting.tile_rows
+        model,
+        beta=0.1,
+        logits_cache_mib=setting.logits_cache_mib,
+        tile_rows=setting.tile_rows,
+        router_balance=setting.router_balance,
+        sum_over_ranks=distributed.sum_over_ranks,
     )
     engine = build_engine(policy, args=args, total_steps=1)
     before_update = BeforeUpdate(engine.deepspeed)

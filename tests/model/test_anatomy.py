@@ -10,12 +10,10 @@ from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedModel
 
-from orpo_ds.data.packing import pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
-from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states, router_aux_loss
-from orpo_ds.model.attention import packed_attention_enabled
-from tests.model.odd_models import MIXTURES, ODD_HEADS, ODD_VOCAB, UNPACKABLE, spread_bias
-from tests.model.pairs import SHAPES, random_pairs
+from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states
+from tests.model.odd_models import ODD_HEADS, ODD_VOCAB, UNPACKABLE, spread_bias
+from tests.model.pairs import random_pairs
 from tests.tiny_models import DECODER_ONLY, tiny_model
 
 PAIRS = [(6, 5, 4), (3, 2, 7)]
@@ -129,65 +127,3 @@ def test_a_model_without_a_head_is_refused() -> None:
 def test_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear is neither"):
         find_parts(nn.Linear(2, 2))
-
-
-def test_a_router_that_is_not_asked_for_costs_nothing() -> None:
-    model = tiny_model("mixtral")
-    assert find_parts(model).aux_coefficient == 0.02
-    model.config.output_router_logits = False
-    parts = find_parts(model)
-    assert parts.router is None
-    assert parts.aux_coefficient == 0.0
-
-
-def test_a_router_with_another_balance_is_refused() -> None:
-    model = tiny_model("llama")
-    model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits=False"):
-        find_parts(model)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("build", MIXTURES.values(), ids=MIXTURES.keys())
-def test_the_routers_balance_is_that_of_the_padded_sequences(
-    build: Callable[[], PreTrainedModel], checkpointing: bool, seed: int
-) -> None:
-    """The trunk counts twice. The other side is the aux_loss of the model's own padded forward."""
-    model = build().train()
-    pairs = random_pairs(SHAPES, vocab_size=ODD_VOCAB, seed=seed)
-    padded = pad(pairs, pair_ids=range(len(pairs)), pad_token_id=0)
-    wanted = model(padded.input_ids, attention_mask=padded.attention_mask, output_router_logits=True).aux_loss
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    wanted_gradients = torch.autograd.grad(wanted, parameters, allow_unused=True)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    parts = find_parts(model)
-    packed = pack(pairs, pair_ids=range(len(pairs)))
-    with packed_attention_enabled(model):
-        _, router_logits = hidden_states(parts, packed)
-        assert router_logits is not None
-        aux = router_aux_loss(parts, router_logits, token_weight=packed.token_weight)
-        gradients = torch.autograd.grad(aux, parameters, allow_unused=True)
-    torch.testing.assert_close(aux, wanted, rtol=1e-6, atol=0)
-    largest = max(gradient.abs().max() for gradient in wanted_gradients if gradient is not None)
-    # The balance is flat near its optimum: its gradient is a small difference of terms of about 1, which are
-    # rounded. A trunk that counts once moves the gradient by a tenth and more.
-    tolerance = 8 * torch.finfo(torch.float32).eps
-    assert largest > 1000 * tolerance
-    for gradient, wanted_gradient in zip(gradients, wanted_gradients, strict=True):
-        assert (gradient is None) == (wanted_gradient is None)
-        if gradient is not None and wanted_gradient is not None:
-            assert (gradient - wanted_gradient).abs().max() <= tolerance
-
-
-def test_a_router_whose_gradient_checkpointing_cuts_is_refused() -> None:
-    model = tiny_model("mixtral")
-    model.activation_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
-    parts = find_parts(model)
-    batch = pack(random_pairs(PAIRS, vocab_size=97, seed=0), pair_ids=range(2))
-    with packed_attention_enabled(model):
-        _, router_logits = hidden_states(parts, batch)
-    assert router_logits is not None
-    with pytest.raises(ValueError, match="use_reentrant"):
-        router_aux_loss(parts, router_logits, token_weight=batch.token_weight)

@@ -85,7 +85,7 @@ def one_step(
         sums = policy(batch.to(device), nll_tokens_total=nll_tokens, pairs_total=len(pairs))
         sums["loss"].backward()
     loss = sums.pop("loss").item()
-    counts = {"nll_loss": nll_tokens}
+    counts = {"nll_loss": nll_tokens, "aux_loss": 1}
     return OrpoStep(
         loss=loss,
         gradients={n: p.grad.cpu() for n, p in policy.model.named_parameters() if p.grad is not None},

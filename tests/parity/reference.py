@@ -162,6 +162,7 @@ def reference_step(
         router_logits = torch.cat([layer[real] for layer in outputs.router_logits])
         balance = load_balance(router_logits, experts_per_token=double.config.num_experts_per_tok)
         loss = loss + double.config.router_aux_loss_coef * balance
+        reference.metrics["aux_loss"] = balance.item()
     return _differentiate(double, loss, reference.metrics)
 
 
