@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from orpo_ds import native_ops
 from orpo_ds.config import ORPOConfig
 from orpo_ds.host_memory import give_back_after_backward
-from orpo_ds.experts import gather_experts_together
+from orpo_ds.experts import keep_ranks_in_step
 from orpo_ds.policy import OrpoPolicy
 
 # Biases and norms are not decayed: transformers' own rule (Trainer.get_decay_parameter_names).
@@ -59,8 +59,8 @@ def build_engine(
     """
     config = deepspeed_settings(args, policy.model, total_steps=total_steps)
     stage = config["zero_optimization"]["stage"]
+    keep_ranks_in_step(policy.model, zero_stage=stage)
     if stage == 3:
-        gather_experts_together(policy.model)
         for parameter in policy.head.external_parameters():
             deepspeed.zero.register_external_parameter(policy.head, parameter)
     if optimizer is None and "optimizer" not in config:

@@ -6,11 +6,12 @@ one micro-step, the ranks tell each other in the middle of the forward pass: 2E 
 `router_balance` decides between an exact value, which costs a forward pass without gradient and without the head, and
 the mean over the micro-steps, weighted by their tokens, which costs nothing and is what accumulation gives elsewhere.
 
-**Leaf modules.** ZeRO-3 gathers a module's parameters on all ranks when the module runs. Experts that are modules of
-their own run only where a token was sent to them, so ranks whose tokens go to different experts wait for each other
-for ever (DeepSpeed #1998, #670). A leaf module is gathered as a whole, and experts without a token get a gradient of
-zero. The experts of transformers 5 are slices of one parameter and gathered together anyway; those of some families
-and of models with code of their own are not.
+**Experts that are modules.** The experts of transformers 5 are slices of one parameter, which is gathered and reduced
+as a whole. Those of some families, and of models with code of their own, are modules that run only where a token was
+sent to them. Ranks whose tokens go to different experts then take part in different collectives: under ZeRO-3 they
+wait for each other for ever (DeepSpeed #1998, #670), under ZeRO-1 and 2 one rank's gradient is added to that of
+another parameter. So under ZeRO-3 the block that holds them is a leaf module, which DeepSpeed gathers and reduces as a
+whole, and below it experts without a token get a gradient of zero.
 """
 
 from __future__ import annotations
@@ -66,12 +67,23 @@ class ExpertCount:
         return self.total.over_ranks(distributed.sum_over_ranks)
 
 
-def gather_experts_together(model: nn.Module) -> list[nn.Module]:
-    """Make a ZeRO-3 leaf of each module that sends tokens to experts which are modules; returns the leaves."""
-    leaves = list(expert_blocks(model))
-    for leaf in leaves:
-        set_z3_leaf_module(leaf, True)
-    return leaves
+def keep_ranks_in_step(model: nn.Module, *, zero_stage: int) -> list[nn.Module]:
+    """Let all ranks take part in the same collectives, whichever experts their tokens go to.
+
+    Args:
+        model: before DeepSpeed wraps it.
+        zero_stage: of the run.
+
+    Returns:
+        The blocks that choose which of their children run; none in most models.
+    """
+    blocks = list(expert_blocks(model))
+    for block in blocks:
+        if zero_stage == 3:
+            set_z3_leaf_module(block, True)
+        else:
+            block.register_forward_pre_hook(_reach_all_parameters)
+    return blocks
 
 
 def expert_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -90,3 +102,16 @@ def expert_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def _can_be_called(container: nn.ModuleList | nn.ModuleDict) -> bool:
     return type(container).forward is not nn.Module.forward
+
+
+def _reach_all_parameters(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook before the forward: adds zero times each trainable parameter to the hidden states.
+
+    To the input and not to the output: ZeRO-2 puts gradients into its buckets in the order in which they are complete.
+    The input's gradient is complete after that of every expert that ran, and then all ranks walk this chain.
+    """
+    hidden, *others = arguments
+    for parameter in block.parameters():
+        if parameter.requires_grad:
+            hidden = hidden + 0 * parameter.flatten()[0].to(hidden.dtype)
+    return (hidden, *others)

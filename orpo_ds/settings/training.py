@@ -15,6 +15,11 @@ _ORPO: tuple[Claim, ...] = (
         "Whether the prompt's tokens count in the nll.",
         "tests/data/test_feed.py::test_nll_on_responses_only",
     ),
+    Honoured(
+        "router_balance",
+        "Whether experts are balanced over the global batch or over each micro-step.",
+        "tests/test_experts.py::test_router_balance",
+    ),
     Honoured("disable_dropout", "Sets the model's own dropout to 0; that of LoRA stays.", ""),
     Honoured(
         "max_length", "Tokens of prompt and response together.", "tests/data/test_truncate.py::test_contract"
