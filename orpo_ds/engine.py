@@ -21,8 +21,8 @@ from transformers.training_args import OptimizerNames
 
 from orpo_ds import native_ops
 from orpo_ds.config import ORPOConfig
-from orpo_ds.host_memory import give_back_after_backward
 from orpo_ds.experts import keep_ranks_in_step
+from orpo_ds.host_memory import give_back_after_backward
 from orpo_ds.policy import OrpoPolicy
 
 # Biases and norms are not decayed: transformers' own rule (Trainer.get_decay_parameter_names).

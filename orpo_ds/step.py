@@ -19,8 +19,8 @@ from orpo_ds import distributed
 from orpo_ds.data.feed import StepPlan
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.engine import Engine, keep_plain_norm
-from orpo_ds.host_memory import give_back
 from orpo_ds.experts import balance_totals
+from orpo_ds.host_memory import give_back
 
 # Takes the metric sums of a micro-batch, `loss` among them.
 Recorder = Callable[[dict[str, Tensor], MicroBatch], None]
