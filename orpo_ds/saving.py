@@ -153,24 +153,23 @@ class RunCheckpoints:
         except CheckpointSaveError as error:
             raise OSError(str(error)) from error  # on all ranks; the store makes one message of it
 
-    def save_or_go_on(self, engine: Engine, state: TrainerState, *, last: bool) -> bool:
+    def save_or_go_on(self, engine: Engine, state: TrainerState, *, last: bool) -> Path | None:
         """Save; when that fails (disk full), train on to a save that works, unless this was the `last` one.
 
         Returns:
-            Whether it was saved.
+            The checkpoint; None where it was not saved.
 
         Raises:
             CheckpointSaveError: no later step will save.
         """
         try:
-            self.save(engine, state)
+            return self.save(engine, state)
         except CheckpointSaveError as error:
             if last:
                 raise
             if distributed.is_main():
                 logger.error("%s. Training goes on, and the next save tries again.", error)
-            return False
-        return True
+            return None
 
     # ------------------------------------------------------------------ loading
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import (
     DefaultFlowCallback,
     PreTrainedModel,
@@ -35,7 +37,6 @@ from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
 from orpo_ds.evaluation import Evaluation
-from orpo_ds.export import save_pretrained
 from orpo_ds.layout import RunLayout, check_collator, choose_layout
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.jsonl import MetricsFile
@@ -45,6 +46,7 @@ from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
 from orpo_ds.prepare import prepare_model, prepare_processing, training_dtype
 from orpo_ds.prepare_data import Rows, prepare_dataset, prepare_training_set
+from orpo_ds.publish import Publisher
 from orpo_ds.saving import RunCheckpoints
 from orpo_ds.step import NonFiniteLossError, train_step
 from orpo_ds.watch import Watch
@@ -136,6 +138,14 @@ class ORPOTrainer:
             None,
             None,
         )
+        self.publisher = Publisher(
+            self.model,
+            self.processing_class,
+            self.args,
+            ranks=self.checkpoints.ranks,
+            facts=self._facts,
+            before_save=self._release_gathered,
+        )
         self._event("on_init_end")
 
     def _prepared(self, rows: Rows) -> TokenDataset:
@@ -184,7 +194,9 @@ class ORPOTrainer:
             if source is not None:
                 self._restore(source)
             with self._layout.attention():
-                return self._loop()
+                output = self._loop()
+            self.publisher.finish(self.state)
+        return output
 
     def _loop(self) -> TrainOutput:
         assert self.train_dataset is not None
@@ -326,8 +338,12 @@ class ORPOTrainer:
         """Write a verified `checkpoint-<step>` from which the run continues bit for bit. All ranks call it."""
         self._export_states()
         path = self.checkpoints.save(self._ready_engine(), self.state)
-        self._event("on_save")
+        self._saved(path)
         return path
+
+    def _saved(self, checkpoint: Path) -> None:
+        self._event("on_save")
+        self.publisher.push_checkpoint(checkpoint, self.state, begin=lambda: self._event("on_push_begin"))
 
     def _save_or_go_on(self) -> None:
         self.control.should_save = (
@@ -335,8 +351,9 @@ class ORPOTrainer:
         )
         self._export_states()
         last = self.control.should_training_stop or self.state.global_step == self.state.max_steps
-        if self.checkpoints.save_or_go_on(self._ready_engine(), self.state, last=last):
-            self._event("on_save")
+        path = self.checkpoints.save_or_go_on(self._ready_engine(), self.state, last=last)
+        if path is not None:
+            self._saved(path)
 
     def _export_states(self) -> None:
         export_states(self.state, [*self.callback_handler.callbacks, self.control, self.position])
@@ -447,11 +464,66 @@ class ORPOTrainer:
 
     # ------------------------------------------------------------------ results
 
-    def save_model(self, output_dir: str | None = None) -> None:
-        """Write the model as a Hugging Face folder, by default into `output_dir`. All ranks call it."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write model and card as a Hugging Face folder, by default into `output_dir`. All ranks call it.
+
+        With `push_to_hub` on, the folder goes to the hub as well; `_internal_call` leaves that out.
+        """
+        folder = Path(output_dir or self.args.run_dir)
+        if _internal_call:
+            self.publisher.save(folder, self.state)
+        else:
+            self.publisher.save_and_push(folder, self.state)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save model, tokenizer and card into `output_dir`, and upload them to `hub_model_id`. All ranks call it.
+
+        Args:
+            commit_message: on the hub.
+            blocking: wait for the upload.
+            token: instead of `hub_token`.
+            revision: instead of `hub_revision`.
+            private: instead of `hub_private_repo`.
+            **card: `model_name`, `dataset_name` and `tags` of `create_model_card`.
+
+        Returns:
+            The commit, or its future if not `blocking`; None on ranks other than the main one.
+
+        Raises:
+            HubPushError: on all ranks, when the hub did not take it. The model is in `output_dir`.
+        """
+        self._event("on_push_begin")
+        self.publisher.name_card(**card)
+        return self.publisher.push(
+            self.state,
+            message=commit_message,
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+        )
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write `README.md` into `output_dir`, unless a person wrote one. What is named here stays for later cards."""
+        self.publisher.name_card(model_name, dataset_name, tags)
+        self.publisher.write_card(self.args.run_dir, self.state)
+
+    def _release_gathered(self) -> None:
         if self.engine is not None:
             release_gathered(self.engine.deepspeed)
-        save_pretrained(self.model, output_dir or self.args.run_dir, tokenizer=self.processing_class)
 
     # ------------------------------------------------------------------ callbacks
 

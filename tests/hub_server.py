@@ -37,7 +37,9 @@ TOKEN = "hf_TestsOwnTokenThatNobodyElseHas00"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".arrow", ".parquet", ".gz", ".zip")
 LFS_FROM_BYTES = 10 * 2**20
 DATE = "2026-01-01T00:00:00.000Z"
-HOLD_SECONDS = 60.0  # of a request that a test holds back: a test that never lets go fails, and does not hang
+HOLD_SECONDS = (
+    240.0  # of a request that a test holds back: a test that never lets go fails, and does not hang
+)
 
 
 class HubError(Exception):
@@ -108,15 +110,19 @@ class HubServer:
         url: what `HF_ENDPOINT` must be.
         requests: all requests so far.
         refuse_writes: answer uploads and new repositories with 403, as for a token that may only read.
-        writes_pass: while this event is cleared, commits wait (a hub that hangs).
+        is_down: close every connection without an answer.
+        commits_pass: while this event is cleared, commits wait (a hub that hangs).
+
+    A process that the test has started turns the same switches by `POST /switch/<refuse|down|hold>/<on|off>`.
     """
 
     def __init__(self, *, user: str = USER, token: str = TOKEN) -> None:
         self.users = {token: user}
         self.requests: list[Request] = []
         self.refuse_writes = False
-        self.writes_pass = threading.Event()
-        self.writes_pass.set()
+        self.is_down = False
+        self.commits_pass = threading.Event()
+        self.commits_pass.set()
         self._repos: dict[tuple[str, str], Repo] = {}
         self._blobs: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -131,7 +137,7 @@ class HubServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self.writes_pass.set()
+        self.commits_pass.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -204,6 +210,8 @@ class HubServer:
         words = [unquote(word) for word in url.path.strip("/").split("/")]
         if words[0] == "api":
             return self._api(request, words[1:], parse_qs(url.query))
+        if words[0] == "switch":
+            return self._switch(words[1], on=words[2] == "on")
         if words[0] == "lfs":
             return self._lfs_object(request, words[1])
         if words[-3:] == ["lfs", "objects", "batch"]:
@@ -267,7 +275,6 @@ class HubServer:
         user = self._user(request)
         if self.refuse_writes:
             raise HubError(403, "Forbidden: pass a token with write access")
-        self.writes_pass.wait(HOLD_SECONDS)
         return user
 
     def _readable(self, request: Request, kind: str, name: str) -> Repo:
@@ -291,6 +298,7 @@ class HubServer:
 
     def _commit(self, request: Request, repo: Repo, branch: str) -> Any:
         self._writer(request)
+        self.commits_pass.wait(HOLD_SECONDS)
         lines = [json.loads(line) for line in request.body.splitlines()]
         with self._lock:
             files = dict(repo.commit_of(branch).files)
@@ -313,6 +321,16 @@ class HubServer:
             "commitOid": made.oid,
             "commitUrl": f"{self.url}/{repo.name}/commit/{made.oid}",
         }
+
+    def _switch(self, name: str, *, on: bool) -> Any:
+        match name:
+            case "refuse":
+                self.refuse_writes = on
+            case "down":
+                self.is_down = on
+            case "hold":
+                self.commits_pass.clear() if on else self.commits_pass.set()
+        return {}
 
     def _lfs_batch(self, request: Request) -> Any:
         self._writer(request)
@@ -430,6 +448,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             token = authorization.removeprefix("Bearer ") or None
             request = Request(self.command, self.path, token, self._body())
             hub.requests.append(request)
+            if hub.is_down and not self.path.startswith("/switch/"):
+                self.close_connection = True
+                return
             try:
                 answer = hub.answer(request)
             except HubError as error:

@@ -182,7 +182,11 @@ def run_cli(words: Sequence[str], *, datasets_cache: Path) -> Answer:
 
 
 def launch(
-    module: str, *words: str, ranks: int = 2, cache: Path | None = None
+    module: str,
+    *words: str,
+    ranks: int = 2,
+    cache: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a module on several ranks through the real `deepspeed` launcher, and wait for it.
 
@@ -191,11 +195,12 @@ def launch(
         words: its arguments.
         ranks: processes.
         cache: folder for what `datasets` reads; by default the user's own.
+        environment: of the launcher; by default this process's.
 
     Returns:
         The output of all ranks in `stdout`; the exit status is for the caller to judge.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
     if cache is not None:
         environment["HF_DATASETS_CACHE"] = str(cache)
     with socket.socket() as probe:

@@ -7,12 +7,13 @@ run code when they are loaded, so nothing is loaded from a folder before `verify
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,7 +90,7 @@ def new_manifest(metadata: CheckpointMetadata, files: dict[str, FileEntry]) -> M
     """A manifest for files written now by the packages installed here."""
     return Manifest(
         metadata=replace(metadata, config=plain_config(metadata.config)),
-        packages=dict(_package_versions()),
+        packages=package_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
     )
@@ -256,10 +257,10 @@ def _content_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _package_versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's numbers depend on, as far as they are installed."""
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from orpo_ds.checkpoint.ranks import Ranks, TogetherError, on_main
+from orpo_ds.model_card import CARD_NAME, is_own_card
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ RUN_PRODUCTS = (
     "chat_template.jinja",
     "*processor_config.json",
     "training_args.*",
-    "README.md",
+    CARD_NAME,  # unless a person wrote it
 )
 NAMES_SHOWN = 5
 
@@ -69,7 +70,11 @@ def claim_output_dir(
 
 def _claim_on_main(output_dir: Path, overwrite_output_dir: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    found = sorted({path for pattern in RUN_PRODUCTS for path in output_dir.glob(pattern)})
+    found = sorted(
+        path
+        for path in {path for pattern in RUN_PRODUCTS for path in output_dir.glob(pattern)}
+        if path.name != CARD_NAME or is_own_card(path)
+    )
     if not found:
         return
     if not overwrite_output_dir:

@@ -80,13 +80,41 @@ _DASHBOARDS: tuple[Claim, ...] = (
 )
 
 _HUB: tuple[Claim, ...] = (
-    not_built("push_to_hub", "uploading"),
-    not_built("hub_model_id", "uploading"),
-    not_built("hub_strategy", "uploading"),
-    not_built("hub_token", "uploading"),
-    not_built("hub_private_repo", "uploading"),
-    not_built("hub_always_push", "uploading"),
-    not_built("hub_revision", "uploading"),
+    Honoured(
+        "push_to_hub",
+        "Uploads in the background; a hub that fails is spoken of once.",
+        "tests/test_hub.py::test_what_each_strategy_uploads",
+    ),
+    Honoured(
+        "hub_model_id",
+        "Unset: the name of `output_dir`, under the user's own name.",
+        "tests/test_hub.py::test_a_push_by_hand",
+    ),
+    Honoured(
+        "hub_strategy",
+        "One commit a save; `end`: by `save_model` and `push_to_hub` only.",
+        "tests/test_hub.py::test_what_each_strategy_uploads",
+    ),
+    Honoured(
+        "hub_token",
+        "Better in HF_TOKEN or from `hf auth login`; never written down.",
+        "tests/test_hub.py::test_no_token_in_anything_written_or_uploaded",
+    ),
+    Honoured(
+        "hub_private_repo",
+        "Of a repository that is new.",
+        "tests/test_hub.py::test_a_push_by_hand",
+    ),
+    Honoured(
+        "hub_always_push",
+        "Off: a save during an upload is not uploaded, but the last model always is.",
+        "tests/test_hub.py::test_training_does_not_wait_for_the_hub",
+    ),
+    Honoured(
+        "hub_revision",
+        "A branch, made if it is not there.",
+        "tests/test_hub.py::test_a_push_by_hand",
+    ),
     Mapped(
         "push_to_hub_model_id", "hub_model_id", "With `push_to_hub_organization` in front, if that is set."
     ),
