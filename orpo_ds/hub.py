@@ -185,7 +185,7 @@ class HubPushes:
         """Push; a hub that does not take it is an error in the log, and not the end of the user's script."""
         try:
             push()
-        except HubPushError as error:
+        except (HubPushError, CheckpointSaveError) as error:
             if self._ranks.is_main:
                 logger.error("%s", error)
 
