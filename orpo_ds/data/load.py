@@ -153,6 +153,8 @@ def _load(builder: str, *, files: Sequence[str], split: str, streaming: bool, **
     except ConnectionError as error:
         raise ValueError(f"{_few(files)} cannot be reached: {error}") from error
     except ValueError as error:
+        if "zstd not supported" in str(error):
+            raise ValueError(f"{_few(files)}: zstd needs a package: pip install zstandard") from error
         if "corresponds to no data" in str(error):
             raise ValueError(f"the dataset is empty: no rows of split {split!r} in {_few(files)}") from error
         raise ValueError(f"{str(files[0]) if len(files) == 1 else builder!r}: {error}") from error

@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 
+from orpo_ds.data.images import IMAGE_COLUMNS
 from orpo_ds.data.load import Rows, load_rows
 from orpo_ds.data.preference import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, check_columns
 
@@ -145,7 +146,7 @@ def _load(source: DatasetSource, *, streaming: bool) -> Any:
         check_columns(columns)
     except ValueError as error:
         raise ValueError(f"{source.path!r}: {error}") from error
-    known = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in columns]
+    known = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *IMAGE_COLUMNS) if name in columns]
     return rows.select_columns(known)
 
 

@@ -9,7 +9,8 @@ TRL documents four shapes of a row, and every one of them ends here as the same 
 
 An implicit prompt is what chosen and rejected have in common. A `prompt` string beside conversational
 responses is only a copy of the question (UltraFeedback has one) and is ignored, as in TRL. `tools` and
-`chat_template_kwargs` go to the template; every other column is nobody's business.
+`chat_template_kwargs` go to the template, and `system` or `system_prompt` becomes the first message of a conversation
+that does not begin with one; every other column is nobody's business.
 
 A row that cannot become three strings raises `RowError` with a reason that can be counted. What is wrong with
 the whole run (no chat template at all, no such column) is a plain ValueError.
@@ -31,7 +32,8 @@ Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]  # a standard or a conversational value
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
-OPTIONAL_COLUMNS = ("prompt", "tools", "chat_template_kwargs")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+OPTIONAL_COLUMNS = ("prompt", "tools", "chat_template_kwargs", *SYSTEM_COLUMNS)
 
 Reason: TypeAlias = Literal[
     "missing_key",
@@ -98,9 +100,9 @@ def to_preference(
 ) -> Preference:
     """Bring one row of any of the four shapes to text.
 
-    The texts are those of TRL 1.16 (`maybe_extract_prompt`, then `maybe_apply_chat_template`), with two
-    differences: `tools` reach the template (TRL's ORPO forgets the column), and keys that Arrow filled with
-    null because another row has them are taken out before the template sees them.
+    The texts are those of TRL 1.16 (`maybe_extract_prompt`, then `maybe_apply_chat_template`), with three
+    differences: `tools` and a system column reach the template (TRL's ORPO forgets them), and keys that Arrow filled
+    with null because another row has them are taken out before the template sees them.
 
     Args:
         row: the row; values as `datasets` gives them.
@@ -161,7 +163,7 @@ def prompt_and_responses(row: Mapping[str, Any], row_number: int) -> tuple[Text,
         )
     prompt = None if row.get("prompt") is None else _text(row, name="prompt", row_number=row_number)
     if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
-        return prompt, chosen, rejected
+        return _after_system(prompt, row, row_number), chosen, rejected
     if isinstance(prompt, list):
         raise RowError(
             reason="mixed_formats",
@@ -175,7 +177,25 @@ def prompt_and_responses(row: Mapping[str, Any], row_number: int) -> tuple[Text,
             row=row_number,
             detail="chosen and rejected share no first message, and no conversational prompt is beside them",
         )
-    return chosen[:start], chosen[start:], rejected[start:]
+    return _after_system(chosen[:start], row, row_number), chosen[start:], rejected[start:]
+
+
+def _after_system(prompt: Text, row: Mapping[str, Any], row_number: int) -> Text:
+    """A conversation behind the message of the row's system column; text has no place for one."""
+    if isinstance(prompt, str) or not prompt or prompt[0]["role"] == "system":
+        return prompt
+    for name in SYSTEM_COLUMNS:
+        content = row.get(name)
+        if content is None or content == "":
+            continue
+        if not isinstance(content, str):
+            raise RowError(
+                reason="wrong_type",
+                row=row_number,
+                detail=f"{name} must be a string, got {_excerpt(content)}",
+            )
+        return [{"role": "system", "content": content}, *prompt]
+    return prompt
 
 
 def _implicit_prompt_length(chosen: Text, rejected: Text) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from orpo_ds.data.load import load_rows
+from orpo_ds.data.preference import RowError
+from orpo_ds.data.tokenize import tokenize_rows
+from orpo_ds.data.truncate import TokenizeOptions
+from tests.parity.tokenizer import tiny_tokenizer
 
 ROWS = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(10)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -54,6 +60,72 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 def test_files(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name)
     assert load_rows(str(tmp_path / name), split="train").to_list() == ROWS
+
+
+def test_messages_in_parquet_and_compressed_json(tmp_path: Path) -> None:
+    talk = [
+        {
+            "prompt": [{"role": "user", "content": f"q{n}"}],
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+        }
+        for n in range(4)
+    ]
+    datasets.Dataset.from_list(talk).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(talk, indent=1).encode()))
+    for name in ("rows.parquet", "rows.json.gz"):
+        for streaming in (False, True):
+            rows = load_rows(str(tmp_path / name), split="train", streaming=streaming)
+            assert list(rows) == talk, (name, streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_zstd(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "rows.jsonl.zst").write_bytes(pa.Codec("zstd").compress(LINES.encode(), asbytes=True))
+    name = str(tmp_path / "rows.jsonl.zst")
+    if importlib.util.find_spec("zstandard"):
+        assert list(load_rows(name, split="train", streaming=streaming)) == ROWS
+    else:
+        with pytest.raises(ValueError, match=r"rows\.jsonl\.zst': .*pip install zstandard"):
+            list(load_rows(name, split="train", streaming=streaming))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_byte_order_marks_and_line_ends(tmp_path: Path, newline: str, mark: bytes) -> None:
+    """What Windows writes."""
+    (tmp_path / "rows.jsonl").write_bytes(mark + LINES.replace("\n", newline).encode())
+    table = newline.join(["prompt,chosen,rejected", *(",".join(row.values()) for row in ROWS), ""])
+    (tmp_path / "rows.csv").write_bytes(mark + table.encode())
+    for name in ("rows.jsonl", "rows.csv"):
+        assert load_rows(str(tmp_path / name), split="train").to_list() == ROWS
+
+
+def test_a_line_of_ten_megabytes(tmp_path: Path) -> None:
+    long = {"prompt": "q", "chosen": "word " * 2_000_000, "rejected": "b"}
+    (tmp_path / "rows.jsonl").write_text(LINES + json.dumps(long) + "\n" + LINES)
+    for streaming in (False, True):
+        rows = list(load_rows(str(tmp_path / "rows.jsonl"), split="train", streaming=streaming))
+        assert rows == [*ROWS, long, *ROWS]
+
+
+def test_empty_cells_of_a_csv_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt,chosen,rejected\na, b, c\n,x b,x c\na,,c\na,"",c\nNA, b, c\n')
+    rows = load_rows(str(tmp_path / "rows.csv"), split="train")
+    found = tokenize_rows(
+        list(rows), numbers=range(5), processing_class=tiny_tokenizer(), options=TokenizeOptions()
+    )
+    reasons = [one.reason if isinstance(one, RowError) else None for one in found]
+    assert reasons == [None, None, "missing_key", "missing_key", None]
+
+
+def test_text_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("prompt,chosen,rejected\nä,b,c\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows\.csv cannot be read: 'utf-8' codec"):
+        load_rows(str(tmp_path / "rows.csv"), split="train")
+    (tmp_path / "rows.jsonl").write_bytes('{"chosen": "a", "rejected": "b"}\n'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl.*UTF-8"):
+        load_rows(str(tmp_path / "rows.jsonl"), split="train")
 
 
 def test_relative_and_home_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +223,7 @@ def test_a_dataset_that_is_neither_here_nor_on_the_hub(
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_an_empty_file(tmp_path: Path, content: str, name: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=r"is empty"):
+    with pytest.raises(ValueError, match=rf"is empty: .*{name}"):
         load_rows(str(tmp_path / name), split="train")
 
 
