@@ -84,7 +84,30 @@ def chat(words: Sequence[str]) -> None:
     command.chat(words)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "chat": chat}
+def validate(words: Sequence[str]) -> None:
+    """Show what a dataset would train on: orpo-ds validate DATA --model M [any field of train]."""
+    script, args = parse_train_arguments(validate_words(words))
+    from orpo_ds.validate import validate
+
+    if not validate(script, args):
+        raise SystemExit(RUN_ERROR)
+
+
+def validate_words(words: Sequence[str]) -> list[str]:
+    """The words of `validate` as those of `train`: DATA first (several are `--datasets`), and `--model`."""
+    words = list(words)
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    data = words[:count]
+    named = ["--dataset_name", *data] if len(data) == 1 else ["--datasets", *data] if data else []
+    rest = ["--model_name_or_path" + word[7:] if _flag(word) == "--model" else word for word in words[count:]]
+    return named + rest
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "validate": validate,
+    "chat": chat,
+}
 
 
 def parse_train_arguments(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig]:

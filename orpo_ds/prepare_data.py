@@ -45,7 +45,7 @@ def prepare_training_set(
     stream = TokenStream(
         rows,
         processing_class=processing_class,
-        options=tokenize_options(args, model=model),
+        options=_options_for(args, model),
         unusable=args.unusable_rows,
         global_batch_size=args.global_batch_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
@@ -75,15 +75,23 @@ def prepare_dataset(
     return tokenize_dataset(
         rows,
         processing_class=processing_class,
-        options=tokenize_options(args, model=model),
+        options=_options_for(args, model),
         unusable=args.unusable_rows,
         cache_dir=args.dataset_cache_dir,
         num_proc=args.dataset_num_proc,
     )
 
 
-def tokenize_options(args: ORPOConfig, *, model: PreTrainedModel) -> TokenizeOptions:
-    """What decides the ids, from the settings and the model."""
+def _options_for(args: ORPOConfig, model: PreTrainedModel) -> TokenizeOptions:
+    return tokenize_options(
+        args, is_encoder_decoder=bool(model.config.is_encoder_decoder), vocab_size=embedding_rows(model)
+    )
+
+
+def tokenize_options(
+    args: ORPOConfig, *, is_encoder_decoder: bool, vocab_size: int | None
+) -> TokenizeOptions:
+    """What decides the ids, from the settings and what is known of the model."""
     prompt_limit = args.max_prompt_length
     if prompt_limit is not None and args.max_length is not None and prompt_limit >= args.max_length:
         logger.warning(
@@ -96,9 +104,9 @@ def tokenize_options(args: ORPOConfig, *, model: PreTrainedModel) -> TokenizeOpt
         max_length=args.max_length,
         max_prompt_length=prompt_limit,
         truncation_mode=args.truncation_mode,
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        is_encoder_decoder=is_encoder_decoder,
         max_completion_length=args.max_completion_length or DEFAULT_COMPLETION_LENGTH,
-        vocab_size=embedding_rows(model),
+        vocab_size=vocab_size,
     )
 
 
