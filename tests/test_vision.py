@@ -9,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
+from orpo_ds.data.tokenize import TokenizeOptions, tokenize_dataset
+from orpo_ds.export import full_state
 from orpo_ds.layout import RunLayout
 from orpo_ds.trainer import ORPOTrainer
-from tests import vision
-from tests.parity.compare import gradient_errors
+from tests import vision, vision_worker
+from tests.parity.compare import gradient_errors, metric_errors
 from tests.parity.reference import OrpoReference, orpo_from_token_logps, padded_token_logps
-from tests.small_runs import settings
+from tests.small_runs import dataset, launch, settings
 
 FAMILIES = list(vision.PROCESSORS)
 PLACEHOLDER = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>", "idefics3": "<image>"}
@@ -33,6 +44,7 @@ MICRO_BATCHES = (
 BETA = 0.1
 # As in tests/parity: float32 against float64, each entry relative to the largest of its parameter.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+CHANGE_TOLERANCE = 1e-3  # of two steps of SGD: float32 against float32
 SETTINGS = {"max_length": 512, "max_prompt_length": 256}
 
 
@@ -108,3 +120,141 @@ def test_loss_and_gradients_are_those_of_one_sequence_at_a_time(
     assert abs(loss - reference.loss.item()) < LOSS_TOLERANCE * abs(reference.loss.item())
     errors = gradient_errors(found, expected, tolerance=GRADIENT_TOLERANCE)
     assert {name: error for name, error in errors.items() if error > GRADIENT_TOLERANCE} == {}
+
+
+# ---------------------------------------------------------------------- two ranks under ZeRO-3
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    finished = launch("tests.vision_worker", str(folder))
+    assert finished.returncode == 0, finished.stdout[-6000:]
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_with_and_without_pictures_train_as_one_rank(
+    two_ranks: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    alone = vision_worker.trained(tmp_path, family, per_device_train_batch_size=2, deepspeed="zero0")
+    together = two_ranks[family]
+    # The change is compared, so a step that does nothing cannot pass.
+    expected, found = (
+        {name: value - alone["before"][name] for name, value in run["after"].items()}
+        for run in (alone, together)
+    )
+    errors = gradient_errors(found, expected, tolerance=CHANGE_TOLERANCE)
+    assert {name: error for name, error in errors.items() if error > CHANGE_TOLERANCE} == {}
+    assert max(value.abs().max() for name, value in expected.items() if "vis" in name) > 1e-5
+    errors = metric_errors(
+        together["evaluated"],
+        {k: v for k, v in alone["evaluated"].items() if "_per_" not in k and "runtime" not in k},
+    )
+    assert max(errors.values()) < 1e-4, errors
+
+
+# ---------------------------------------------------------------------- whole runs
+
+
+def test_a_frozen_tower_with_lora_on_the_text(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    trainer = _trainer(
+        "qwen2_vl", tmp_path / "run", peft_config=lora, deepspeed="zero3", gradient_checkpointing=True
+    )
+    before = {name: value.clone() for name, value in full_state(trainer.model.get_base_model()).items()}
+    trainer.train()
+    after = full_state(trainer.model.get_base_model())
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("lora_" in name and "visual" not in name for name in moved)
+    assert len(trainer.state.log_history) == 2
+
+
+def test_a_folder_is_trained_and_written_as_a_vision_model(tmp_path: Path) -> None:
+    """By name: the class for images and text, and the processor beside it, which is saved with its template."""
+    folder = tmp_path / "model"
+    vision.vision_model("idefics3").save_pretrained(folder)
+    vision.PROCESSORS["idefics3"]().save_pretrained(folder)
+    trainer = ORPOTrainer(
+        str(folder), settings(tmp_path / "run", **SETTINGS), train_dataset=vision.dataset(4)
+    )
+    assert isinstance(trainer.model, Idefics3ForConditionalGeneration)
+    assert isinstance(trainer.processing_class, Idefics3Processor)
+    trainer.train()
+    trainer.save_model()
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in trainer.model.state_dict().items())
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    assert processor.chat_template == vision.PROCESSORS["idefics3"]().chat_template
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_alone_is_packed(family: str, tmp_path: Path, seed: int) -> None:
+    """A vision model on rows without pictures: packed where that is exact, to the numbers of the padded layout."""
+    logged = {}
+    for layout in ("packed", "padded"):
+        trainer = ORPOTrainer(
+            vision.vision_model(family, seed=seed),
+            settings(tmp_path / layout, layout=layout, **SETTINGS),
+            train_dataset=dataset(8),
+            processing_class=vision.PROCESSORS[family](),
+        )
+        trainer.train()
+        logged[layout] = trainer.state.log_history[1]
+    assert logged["packed"]["trunk_saving"] > 0 == logged["padded"]["trunk_saving"]
+    for name in ("loss", "nll_loss", "log_odds_ratio", "grad_norm"):
+        assert logged["packed"][name] == pytest.approx(logged["padded"][name], rel=1e-4)
+
+
+def test_the_log_says_why_pictures_are_padded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _trainer("qwen2_vl", tmp_path / "run", max_steps=1).train()
+    assert "Training in the padded layout: The prompts have images." in caplog.text
+
+
+def test_packing_is_refused_for_pictures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"layout='packed': The prompts have images\."):
+        _trainer("qwen2_vl", tmp_path / "run", layout="packed").train()
+
+
+def test_pictures_for_a_packed_run_are_refused(tmp_path: Path) -> None:
+    trainer = ORPOTrainer(
+        vision.vision_model("idefics3"),
+        settings(tmp_path / "run", **SETTINGS),
+        train_dataset=dataset(4),
+        processing_class=vision.PROCESSORS["idefics3"](),
+    )
+    trainer.train()
+    with pytest.raises(ValueError, match="this dataset has images, and the run is in the packed layout"):
+        trainer.evaluate(vision.dataset(3))
+
+
+def test_resume_is_bit_exact(tmp_path: Path) -> None:
+    whole = _trainer("idefics3", tmp_path / "whole", max_steps=3, save_strategy="steps", save_steps=2)
+    whole.train()
+    again = _trainer("idefics3", tmp_path / "again", max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = whole.model.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in again.model.state_dict().items())
+
+
+def test_other_pictures_are_another_dataset(tmp_path: Path) -> None:
+    """The ids are the same and the pixels are not: a resume would go on with other data."""
+    rows = vision.rows(3)
+    changed = copy.deepcopy(rows)
+    changed[1]["images"][0].putpixel((0, 0), (1, 2, 3))
+    processor = vision.PROCESSORS["idefics3"]()
+    first, second = (
+        tokenize_dataset(
+            Dataset.from_list(some),
+            processing_class=processor,
+            options=TokenizeOptions(),
+            unusable="error",
+            cache_dir=tmp_path,
+        )
+        for some in (rows, changed)
+    )
+    assert [pair.chosen for pair in first] == [pair.chosen for pair in second]
+    assert first.fingerprint != second.fingerprint
