@@ -76,9 +76,9 @@ def qwen2_vl_processor() -> ProcessorMixin:
     )
 
 
-def idefics3_processor() -> ProcessorMixin:
+def idefics3_processor(tokenizer: PreTrainedTokenizerBase | None = None) -> ProcessorMixin:
     """Tiles of 16 x 16 pixels, 4 tokens each; an image is at most 2 x 2 tiles and the whole."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
     tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<global-img>", *tiles]})
     image_processor = Idefics3ImageProcessorPil(
