@@ -165,6 +165,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+    if content is None:
+        raise ValueError(
+            f"--config {path}: the file is empty. Write `field: value` lines, or leave --config out."
+        )
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected `field: value` lines, found {type(content).__name__}.")
     return content

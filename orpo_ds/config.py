@@ -182,11 +182,16 @@ class ORPOConfig(DroppedFields, TrainingArguments):
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         self.report_to = "none" if self.report_to is None else self.report_to
-        distributed.start_process_group(timeout_s=self.ddp_timeout)
+        distributed.start_process_group(timeout_s=self.ddp_timeout, backend=self.ddp_backend)
         if distributed.is_main():
             for warning in taken:
                 logger.warning(warning)
+        use_cpu, self.use_cpu = (
+            self.use_cpu,
+            False,
+        )  # it would make accelerate start a process group of its own
         super().__post_init__()
+        self.use_cpu = use_cpu
         self.accelerator_config = (
             None  # transformers has filled it with accelerate's defaults; nothing reads it
         )
@@ -235,6 +240,16 @@ class ORPOConfig(DroppedFields, TrainingArguments):
                 "save_only_model=True and load_best_model_at_end=True exclude each other, as in transformers with "
                 "DeepSpeed: the engine loads its own state, which such checkpoints lack. Leave one of them out."
             )
+        if self.use_cpu and torch.cuda.is_available():
+            raise ValueError(
+                "use_cpu=True on a machine with GPUs: libraries have chosen the device by now. Start the job with "
+                "CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu in its environment."
+            )
+        if self.local_rank not in (-1, distributed.local_rank()):
+            raise ValueError(
+                f"local_rank={self.local_rank}, but the launcher's LOCAL_RANK says {distributed.local_rank()}. "
+                "Leave it out."
+            )
         if self.logits_cache_mib < 0:
             raise ValueError(f"logits_cache_mib={self.logits_cache_mib} must not be negative.")
         if self.beta < 0:
@@ -264,6 +279,12 @@ class ORPOConfig(DroppedFields, TrainingArguments):
         self.bf16, self.bf16_full_eval = bf16, bf16_full_eval
         if self.fp16 and self.bf16:
             raise ValueError("fp16=True and bf16=True exclude each other: set one of them.")
+        for precision in ("bf16", "fp16"):
+            if getattr(self, f"{precision}_full_eval") and not getattr(self, precision):
+                raise ValueError(
+                    f"{precision}_full_eval=True: an evaluation runs in the precision of the training. Set "
+                    f"{precision}=True as well, or leave it out."
+                )
         if self.fp16:
             self._check_fp16()
 
@@ -342,6 +363,13 @@ class ORPOConfig(DroppedFields, TrainingArguments):
         if self.max_tokens_per_micro_batch is not None or self.max_length is None:
             return self.max_tokens_per_micro_batch
         return 2 * self.max_length * self.per_device_eval_batch_size
+
+    @property
+    def micro_batches_ahead(self) -> int:
+        """Micro-batches that are built before they are asked for: as many as workers would have under way."""
+        if self.dataloader_num_workers == 0:
+            return 2
+        return self.dataloader_num_workers * (self.dataloader_prefetch_factor or 2)
 
     @property
     def global_batch_size(self) -> int:

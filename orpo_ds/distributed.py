@@ -35,11 +35,15 @@ def ensure_rendezvous() -> None:
     )
 
 
-def start_process_group(*, timeout_s: int) -> None:
-    """Join the process group through DeepSpeed (nccl on GPUs, gloo on CPUs). A second call does nothing.
+def start_process_group(*, timeout_s: int, backend: str | None = None) -> None:
+    """Join the process group through DeepSpeed. A second call does nothing.
 
     Args:
         timeout_s: seconds a collective may take before the ranks give up (`ddp_timeout`).
+        backend: of the collectives (`ddp_backend`); None: nccl on GPUs, gloo on CPUs.
+
+    Raises:
+        ValueError: torch has no such backend here, or the process group has another one already.
     """
     import deepspeed
 
@@ -47,9 +51,16 @@ def start_process_group(*, timeout_s: int) -> None:
 
     ensure_rendezvous()
     if dist.is_initialized():
+        if backend not in (None, dist.get_backend()):
+            raise ValueError(
+                f"ddp_backend={backend!r}: the process group runs on {dist.get_backend()!r} already."
+            )
         return
     native_ops.ready_for_ranks()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend is None:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+    elif not dist.is_backend_available(backend):
+        raise ValueError(f"ddp_backend={backend!r}: this torch has no such backend. Leave it out.")
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,

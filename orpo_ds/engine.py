@@ -7,6 +7,7 @@ that transformers would build.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -14,7 +15,8 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from transformers import Trainer, get_scheduler
+from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers.debug_utils import DebugOption, DebugUnderflowOverflow
 from transformers.optimization import GreedyLR
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.training_args import OptimizerNames
@@ -70,6 +72,10 @@ def build_engine(
             f"optimizers={type(optimizer).__name__} was passed, and the DeepSpeed JSON has its own `optimizer` "
             f"({config['optimizer'].get('type')}). Remove one of them."
         )
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
+        DebugUnderflowOverflow(
+            policy
+        )  # before DeepSpeed's own hooks, which empty ZeRO-3's parameters after a layer
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     wrapped, _, _, json_scheduler = deepspeed.initialize(
         model=policy, optimizer=optimizer, model_parameters=trainable, config=config
@@ -142,6 +148,7 @@ def make_optimizer(policy: OrpoPolicy, args: ORPOConfig, *, offloaded: bool) -> 
         {"params": [value for name, value in named if name not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    _check_optim_args(args, policy.model)
     if offloaded and OptimizerNames(args.optim).value.startswith("adamw_torch"):
         native_ops.ready(native_ops.CPU_ADAM)
         return deepspeed.ops.adam.DeepSpeedCPUAdam(
@@ -151,10 +158,37 @@ def make_optimizer(policy: OrpoPolicy, args: ORPOConfig, *, offloaded: bool) -> 
             eps=args.adam_epsilon,
             adamw_mode=True,
         )
-    kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args, policy.model)
+    kind, keywords = _of_transformers(args, policy.model)
     if kind is torch.optim.AdamW:
         keywords["fused"] = True  # the same update, in one pass over the memory
     return kind(groups, **keywords)
+
+
+def _of_transformers(args: ORPOConfig, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
+    """The class and keywords of `args.optim`."""
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except ImportError as error:
+        name = OptimizerNames(args.optim).value
+        raise ValueError(f"optim={name!r} needs a package that is not here: {error}") from error
+
+
+def _check_optim_args(args: ORPOConfig, model: PreTrainedModel) -> None:
+    """Refuse a key of `optim_args` that the optimizer does not read; transformers would pass it over."""
+    for pair in (args.optim_args or "").replace(" ", "").split(","):
+        if not pair:
+            continue
+        key, is_there, value = pair.partition("=")
+        if not is_there:
+            raise ValueError(f"optim_args={args.optim_args!r}: write `key=value,key=value`.")
+        without, with_it = copy.copy(args), copy.copy(args)
+        without.optim_args, with_it.optim_args = None, pair
+        if _of_transformers(without, model) == _of_transformers(with_it, model):
+            raise ValueError(
+                f"optim_args={args.optim_args!r}: optim={OptimizerNames(args.optim).value!r} does not read {key!r}, or "
+                f"{value} is what it has anyway. Remove it; Adam's own numbers are adam_beta1, adam_beta2 and "
+                "adam_epsilon."
+            )
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: ORPOConfig, total_steps: int) -> LRScheduler:

@@ -79,6 +79,8 @@ class RunLayout:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             max_tokens=max_tokens,
+            ahead=self.args.micro_batches_ahead,
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     def _tensors(self, dataset: PairSource) -> Layout:

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from orpo_ds.config import ORPOConfig
@@ -15,8 +17,16 @@ from orpo_ds.data.tokenize import TokenDataset
 
 
 def training_batches(args: ORPOConfig, dataset: TokenDataset | TokenStream) -> GlobalBatches | TokenStream:
-    """The global batches of a training, the same for any number of ranks."""
+    """The global batches of a training, the same for any number of ranks.
+
+    Raises:
+        ValueError: a stream cannot be grouped by length.
+    """
     if isinstance(dataset, TokenStream):
+        if args.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "train_sampling_strategy='group_by_length': the lengths of a stream are not known beforehand. Use 'random'."
+            )
         return dataset
     return GlobalBatches(
         num_pairs=len(dataset),
@@ -25,7 +35,15 @@ def training_batches(args: ORPOConfig, dataset: TokenDataset | TokenStream) -> G
         fingerprint=dataset.fingerprint,
         drop_last=args.dataloader_drop_last,
         shuffle=args.train_sampling_strategy != "sequential",
+        group_by=_padded_lengths(dataset) if args.train_sampling_strategy == "group_by_length" else None,
     )
+
+
+def _padded_lengths(dataset: TokenDataset) -> NDArray[np.integer]:
+    """Tokens of the longer sequence of each pair, [N]: what a padded row has to hold."""
+    lengths = dataset.lengths
+    longer: NDArray[np.integer] = lengths.trunk + np.maximum(lengths.chosen, lengths.rejected)
+    return longer
 
 
 def plan_training(state: TrainerState, args: ORPOConfig, batches: GlobalBatches | TokenStream) -> None:

@@ -18,6 +18,7 @@ from orpo_ds.model.load import (
     disable_dropout,
     load_model,
     load_processing,
+    not_here,
     reads_images,
     use_chat_template,
 )
@@ -62,13 +63,20 @@ def prepare_model(
                 **keywords,
             )
         except OSError as error:
-            raise ValueError(f"model {model!r} cannot be loaded: {error}") from error
+            raise ValueError(
+                f"model {model!r} cannot be loaded: {error}\n{not_here(model)}".rstrip()
+            ) from error
     elif keywords:
         raise ValueError(
             f"model_init_kwargs={keywords} has no effect on a model that is made already: pass the model by name."
         )
     else:
         made = model if model is not None else model_init()  # type: ignore[misc]
+    if args.is_encoder_decoder not in (None, made.config.is_encoder_decoder):
+        raise ValueError(
+            f"is_encoder_decoder={args.is_encoder_decoder}, but the model's config says "
+            f"{made.config.is_encoder_decoder}. Leave it out."
+        )
     made.config.use_cache = False
     if peft_config is not None:
         made = add_adapters(made, peft_config, args=args)

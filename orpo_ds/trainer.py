@@ -16,18 +16,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import (
-    DefaultFlowCallback,
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy, PredictionOutput, SaveStrategy, TrainOutput
 
 from orpo_ds import best, distributed
 from orpo_ds.callback_states import export_states, restore_states, saved_states
+from orpo_ds.callbacks import flow_callbacks, progress_callback
 from orpo_ds.checkpoint import job_ranks, sole_job
 from orpo_ds.checkpoint.engine_state import check_engine
 from orpo_ds.config import ORPOConfig
@@ -41,6 +36,7 @@ from orpo_ds.layout import RunLayout, check_collator, choose_layout
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.jsonl import MetricsFile
 from orpo_ds.monitor.report import reporting_callbacks
+from orpo_ds.monitor.verbosity import set_verbosity
 from orpo_ds.plan import Position, plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
@@ -93,6 +89,7 @@ class ORPOTrainer:
     ) -> None:
         """See the class."""
         self.args = args if args is not None else ORPOConfig()
+        set_verbosity(self.args)
         check_collator(data_collator)
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
@@ -125,13 +122,12 @@ class ORPOTrainer:
             is_world_process_zero=distributed.is_main(),
         )
         self.control = TrainerControl()
-        bar = PrinterCallback if self.args.disable_tqdm else ProgressCallback
         self.callback_handler = CallbackHandler(
             [
-                DefaultFlowCallback,
+                *flow_callbacks(self.args),
                 *reporting_callbacks(self.args, output_dir=str(self.args.run_dir), facts=self._facts),
                 *callbacks,
-                bar,
+                progress_callback(self.args),
             ],
             self.model,
             self.processing_class,

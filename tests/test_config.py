@@ -116,6 +116,34 @@ def test_batch_sizes(tmp_path: Path) -> None:
     assert settings(tmp_path, max_length=None, max_prompt_length=None).micro_batch_tokens is None
 
 
+def test_use_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        args = settings(tmp_path, use_cpu=True)
+        assert (args.use_cpu, args.device.type, args.world_size) == (True, "cpu", 1)
+        assert settings(tmp_path, no_cuda=True).use_cpu is True
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu"):
+        settings(tmp_path, use_cpu=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tf32_on_a_gpu(tmp_path: Path, wanted: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        settings(tmp_path, tf32=wanted)
+        assert torch.backends.cuda.matmul.allow_tf32 is wanted
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_tf32_without_a_gpu(tmp_path: Path) -> None:
+    settings(tmp_path, tf32=False)
+    with pytest.raises(ValueError, match="tf32"):
+        settings(tmp_path, tf32=True)
+
+
 def test_gradient_checkpointing_by_its_old_name_gives_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

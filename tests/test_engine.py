@@ -65,6 +65,54 @@ def test_offloaded_adamw_is_deepspeeds(
     engine.deepspeed.destroy()
 
 
+@pytest.mark.parametrize(
+    ("optim", "words", "reads"),
+    [
+        ("sgd", "momentum=0.9, nesterov=true", {"momentum": 0.9, "nesterov": True}),
+        ("rmsprop", "alpha=0.8", {"alpha": 0.8}),
+        ("adagrad", "lr_decay=0.1", {"lr_decay": 0.1}),
+    ],
+)
+def test_optim_args(tmp_path: Path, optim: str, words: str, reads: dict[str, Any]) -> None:
+    args = small_runs.settings(tmp_path, optim=optim, optim_args=words)
+    [group, *_] = make_optimizer(policy_of(), args, offloaded=False).param_groups
+    assert group.items() >= reads.items()
+
+
+@pytest.mark.parametrize(
+    ("optim", "words", "message"),
+    [
+        ("adamw_torch", "momentum=0.9", "optim='adamw_torch' does not read 'momentum'"),
+        ("sgd", "momentum=0.9,alpha=0.8", "optim='sgd' does not read 'alpha'"),
+        ("sgd", "momentum", "write `key=value,key=value`"),
+        ("galore_adamw", "rank=4", "optim='galore_adamw' needs a package that is not here"),
+    ],
+)
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_optim_args_that_nobody_reads(
+    tmp_path: Path, optim: str, words: str, message: str, offloaded: bool
+) -> None:
+    args = small_runs.settings(tmp_path, optim=optim, optim_args=words)
+    with pytest.raises(ValueError) as raised:
+        make_optimizer(policy_of(), args, offloaded=offloaded)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_first_layer_that_overflows_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int
+) -> None:
+    model = small_runs.model_of()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    trainer = small_runs.trainer(
+        tmp_path / "run", model=model, debug="underflow_overflow", layout="padded", deepspeed=f"zero{stage}"
+    )
+    with pytest.raises(ValueError, match="inf/nan"):
+        trainer.train()
+    assert "layers.1.mlp.up_proj" in capsys.readouterr().out
+
+
 def test_the_json_is_filled(tmp_path: Path) -> None:
     args = small_runs.settings(tmp_path, gradient_accumulation_steps=3, max_grad_norm=0.7, deepspeed="zero3")
     config = deepspeed_settings(args, policy_of().model, total_steps=10)

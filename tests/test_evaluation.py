@@ -135,6 +135,22 @@ def test_the_progress_bar_of_transformers_follows(tmp_path: Path, capsys: pytest
     assert "3/3" in capsys.readouterr().err
 
 
+def test_an_evaluation_in_half_precision(tmp_path: Path) -> None:
+    """It needs the training's precision to be the same one, which is said."""
+    trainer = small_runs.trainer(
+        tmp_path / "run", bf16=True, bf16_full_eval=True, eval_dataset=small_runs.dataset(2)
+    )
+    seen = set()
+    trainer.policy.parts.backbone.register_forward_hook(
+        lambda module, _, __: seen.update(value.dtype for value in module.parameters())
+    )
+    trainer.evaluate()
+    assert seen == {torch.bfloat16}
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(ValueError, match=f"{precision}_full_eval=True: .* Set {precision}=True"):
+            small_runs.settings(tmp_path / "run", **{f"{precision}_full_eval": True})
+
+
 def test_evaluation_changes_nothing_of_the_training(tmp_path: Path) -> None:
     states = []
     for strategy in ("no", "steps"):

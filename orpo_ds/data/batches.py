@@ -48,6 +48,8 @@ class GlobalBatches:
         fingerprint: content hash of the dataset. Another dataset is another order.
         drop_last: leave out the partial batch at the end of an epoch.
         shuffle: permute, anew in every epoch.
+        group_by: length of each pair, [num_pairs]: pairs of similar length share a batch, as far as a shuffled
+            stretch of the epoch has them. None: batches are as the shuffle leaves them.
 
     Raises:
         ValueError: there is no pair, or `drop_last` leaves no batch.
@@ -62,6 +64,7 @@ class GlobalBatches:
         fingerprint: str,
         drop_last: bool = False,
         shuffle: bool = True,
+        group_by: NDArray[np.integer] | None = None,
     ) -> None:
         if num_pairs < 1 or global_batch_size < 1:
             raise ValueError(
@@ -79,6 +82,7 @@ class GlobalBatches:
         self.seed = seed
         self.fingerprint = fingerprint
         self.shuffle = shuffle
+        self.group_by = group_by
         self._cached: tuple[int, NDArray[np.integer]] | None = None
 
     def pairs(self, step: int) -> list[int]:
@@ -96,6 +100,8 @@ class GlobalBatches:
         if cached is not None and cached[0] == epoch:
             return cached[1]
         order = random_order(self.num_pairs, key=f"{self.seed}/{epoch}/{self.fingerprint}")
+        if self.group_by is not None:
+            order = grouped_by_length(order, self.group_by, batch_size=self.global_batch_size)
         self._cached = (epoch, order)
         return order
 
@@ -110,6 +116,32 @@ def random_order(count: int, *, key: str) -> NDArray[np.integer]:
     digest = hashlib.sha256(key.encode()).digest()
     keys = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.min_scalar_type(-count))
+
+
+def grouped_by_length(
+    order: NDArray[np.integer], lengths: NDArray[np.integer], *, batch_size: int
+) -> NDArray[np.integer]:
+    """Sort a shuffled order by falling length within stretches of up to 50 batches, as transformers' sampler does.
+
+    The longest pair of all comes first, so that a batch that does not fit in memory fails at the first step
+    (`transformers.trainer_pt_utils.get_length_grouped_indices`).
+
+    Args:
+        order: [N] indices.
+        lengths: [N] of each index.
+        batch_size: pairs of a global batch.
+    """
+    stretch = batch_size * max(1, min(len(order) // (4 * batch_size), 50))
+    grouped = np.concatenate(
+        [
+            part[np.argsort(-lengths[part].astype(np.int64), kind="stable")]
+            for part in np.split(order, range(stretch, len(order), stretch))
+        ]
+    )
+    heads = np.arange(0, len(order), stretch)
+    longest = heads[np.argmax(lengths[grouped[heads]])]
+    grouped[[0, longest]] = grouped[[longest, 0]]
+    return grouped
 
 
 def causal_scores(trunk: Lengths, chosen: Lengths, rejected: Lengths) -> Lengths:

@@ -87,6 +87,8 @@ class Feed:
         rank: this process.
         world_size: processes that share a global batch.
         max_tokens: budget of a micro-batch; None: a rank's share of the batch is one micro-batch.
+        ahead: micro-batches that are built before they are asked for.
+        pin_memory: copy them to a GPU from pinned memory.
     """
 
     dataset: PairSource
@@ -97,6 +99,8 @@ class Feed:
     rank: int
     world_size: int
     max_tokens: int | None
+    ahead: int = 2
+    pin_memory: bool = True
 
     def plan(self, pairs: Sequence[int]) -> StepPlan:
         """Deal the pairs of a global batch (dataset indices); returns this rank's part."""
@@ -137,7 +141,11 @@ class Feed:
                 plans.append((plan, pairs))
                 yield from plan.micro_batches
 
-        stream = iter(MicroBatchLoader(groups(), build=self.build, device=device))
+        stream = iter(
+            MicroBatchLoader(
+                groups(), build=self.build, device=device, depth=self.ahead, pin_memory=self.pin_memory
+            )
+        )
         for first in stream:
             plan, pairs = plans.popleft()
             yield plan, chain((first,), islice(stream, len(plan.micro_batches) - 1))

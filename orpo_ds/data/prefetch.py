@@ -51,18 +51,22 @@ class HostTransfer:
 
 
 class CudaTransfer:
-    """For a model on a GPU: pinned memory, and copies on a side stream that nobody waits for on the host."""
+    """For a model on a GPU: pinned memory, and copies on a side stream that nobody waits for on the host.
 
-    def __init__(self, device: torch.device) -> None:
+    Without pinned memory (`dataloader_pin_memory=False`) the background thread waits for its copies.
+    """
+
+    def __init__(self, device: torch.device, *, pin_memory: bool) -> None:
         self._device = device
+        self._pin_memory = pin_memory
         self._stream = torch.cuda.Stream(device)
 
     def send(self, micro_batch: MicroBatch) -> Sent:
         """Pin the tensors and start their copies on the side stream."""
         # The caching host allocator keeps the pinned source alive until the copy is done.
-        pinned = micro_batch.map_tensors(Tensor.pin_memory)
+        source = micro_batch.map_tensors(Tensor.pin_memory) if self._pin_memory else micro_batch
         with torch.cuda.stream(self._stream):
-            on_device = pinned.to(self._device, non_blocking=True)
+            on_device = source.to(self._device, non_blocking=True)
         return Sent(on_device, self._stream.record_event())
 
     def receive(self, sent: Sent) -> MicroBatch:
@@ -80,9 +84,9 @@ class CudaTransfer:
         return sent.micro_batch.map_tensors(in_use)
 
 
-def transfer_to(device: torch.device) -> Transfer:
+def transfer_to(device: torch.device, *, pin_memory: bool = True) -> Transfer:
     """The way micro-batches take to this device."""
-    return CudaTransfer(device) if device.type == "cuda" else HostTransfer()
+    return CudaTransfer(device, pin_memory=pin_memory) if device.type == "cuda" else HostTransfer()
 
 
 class MicroBatchLoader:
@@ -97,6 +101,7 @@ class MicroBatchLoader:
         build: makes the micro-batch of a group, on the CPU. An empty group is a micro-batch too.
         device: where the model lives.
         depth: micro-batches that may be ready or under way before they are asked for.
+        pin_memory: copy to a GPU from pinned memory.
 
     Raises:
         Exception: whatever `groups` or `build` raised, from the iterator, with a note that names the pairs.
@@ -109,12 +114,13 @@ class MicroBatchLoader:
         build: Callable[[Sequence[int]], MicroBatch],
         device: torch.device | str,
         depth: int = 2,
+        pin_memory: bool = True,
     ) -> None:
         if depth < 1:
             raise ValueError(f"cannot prefetch {depth} micro-batches: depth is at least 1")
         self._groups = groups
         self._build = build
-        self._transfer = transfer_to(torch.device(device))
+        self._transfer = transfer_to(torch.device(device), pin_memory=pin_memory)
         self._depth = depth
 
     def __iter__(self) -> Iterator[MicroBatch]:

@@ -162,12 +162,21 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, attribute, 0.0)
 
 
+def not_here(name: str) -> str:
+    """What to say of a name that no hub knows: that no folder has it either, and which one is nearest."""
+    path = Path(name).expanduser()
+    return "" if path.exists() else f"There is no folder {name!r} in {Path.cwd()} either.{_nearest(path)}"
+
+
+def _nearest(path: Path) -> str:
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""
+
+
 def _check_path(name: str) -> None:
     """A name that looks like a path must be one: from_pretrained would ask a hub for it and blame the network."""
     path = Path(name).expanduser()
     if path.exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
         return
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-    raise ValueError(f"model {name!r}: no such folder.{hint}")
+    raise ValueError(f"model {name!r}: no such folder.{_nearest(path)}")

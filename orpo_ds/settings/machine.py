@@ -10,9 +10,21 @@ _RANKS: tuple[Claim, ...] = (
         "A preset's name, the path of a JSON file, or the settings themselves.",
         "tests/test_config.py::test_presets_by_name_and_path",
     ),
-    Honoured("local_rank", "Set by the launcher.", ""),
-    Honoured("ddp_timeout", "Seconds that a collective may take.", ""),
-    not_built("ddp_backend", "another backend of the process group than nccl on GPUs and gloo on CPUs"),
+    Honoured(
+        "local_rank",
+        "The launcher's LOCAL_RANK; another number is an error.",
+        "tests/test_distributed.py::test_a_local_rank_that_is_not_the_launchers",
+    ),
+    Honoured(
+        "ddp_timeout",
+        "Seconds that a collective may take.",
+        "tests/test_distributed.py::test_the_process_group_is_the_one_asked_for",
+    ),
+    Honoured(
+        "ddp_backend",
+        "Of the process group; unset, nccl on GPUs and gloo on CPUs.",
+        "tests/test_distributed.py::test_the_process_group_is_the_one_asked_for",
+    ),
     Mapped(
         "ddp_find_unused_parameters",
         "",
@@ -51,13 +63,24 @@ _RANKS: tuple[Claim, ...] = (
 )
 
 _DEVICES: tuple[Claim, ...] = (
-    not_built("use_cpu", "leaving a GPU unused"),
+    Honoured(
+        "use_cpu",
+        "On a machine with GPUs an error that names the environment variables to start with: DeepSpeed chooses the "
+        "device when it is imported.",
+        "tests/test_config.py::test_use_cpu",
+    ),
     Mapped("no_cuda", "use_cpu", "The same."),
     Refused("use_mps_device", "DeepSpeed does not train on Apple's GPUs", "Leave it out; the CPU is used."),
     Refused("use_ipex", "Intel has ended that extension; torch has its kernels", "Leave it out."),
     Refused("tpu_num_cores", "DeepSpeed does not run on TPUs", "Train on GPUs or CPUs."),
     Refused("tpu_metrics_debug", "DeepSpeed does not run on TPUs", "Leave it out."),
-    not_built("debug", "`underflow_overflow`", accepts=([], None)),
+    Honoured(
+        "debug",
+        "`underflow_overflow` stops at the first layer whose weights or activations are not finite, and prints the "
+        "layers before.",
+        "tests/test_engine.py::test_the_first_layer_that_overflows_is_named",
+        refuses={"tpu_metrics_debug": "DeepSpeed does not run on TPUs. Leave it out."},
+    ),
 )
 
 _LOADING: tuple[Claim, ...] = (
@@ -69,10 +92,19 @@ _LOADING: tuple[Claim, ...] = (
     Mapped(
         "dataloader_num_workers",
         "",
-        "Rows are tokenised beforehand; one background thread builds the micro-batches.",
+        "Rows are tokenised beforehand, so one background thread builds the micro-batches; it keeps as many ready as "
+        "the workers would.",
     ),
-    not_built("dataloader_prefetch_factor", "another depth of the background thread"),
-    not_built("dataloader_pin_memory", "copying without pinned memory"),
+    Honoured(
+        "dataloader_prefetch_factor",
+        "Micro-batches that are built ahead, for each of `dataloader_num_workers`.",
+        "tests/data/test_prefetch.py::test_a_run_builds_as_far_ahead_as_its_workers_would",
+    ),
+    Honoured(
+        "dataloader_pin_memory",
+        "Copies to a GPU go through pinned memory.",
+        "tests/data/test_prefetch.py::test_micro_batches_on_a_gpu_are_those_on_the_host",
+    ),
     Mapped("dataloader_persistent_workers", "", "There are no worker processes: one background thread."),
     Refused("dataloader_multiprocessing_context", "there are no worker processes", "Leave it out."),
     Refused(

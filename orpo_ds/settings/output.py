@@ -27,7 +27,11 @@ _CHECKPOINTS: tuple[Claim, ...] = (
         "tests/checkpoint/test_store.py::test_retention_keeps_the_newest_and_the_best",
     ),
     Refused("save_safetensors", "a model is written as safetensors, never as a pickle", "Leave it at True."),
-    not_built("save_on_each_node", "a copy of the model on each host"),
+    Refused(
+        "save_on_each_node",
+        "a checkpoint is one folder that all ranks write together and that is verified as a whole",
+        "Put `output_dir` on a file system that all hosts share.",
+    ),
     Honoured(
         "save_only_model",
         "A checkpoint is a model folder with a manifest; to resume from it is refused.",
@@ -60,13 +64,29 @@ _LOGS: tuple[Claim, ...] = (
         "",
         "There is nothing to filter: a loss that is not finite ends the run before the weights change.",
     ),
-    not_built("log_level", "a log level of its own"),
-    not_built("log_level_replica", "a log level of the other ranks"),
-    not_built("log_on_each_node", "a log on each host"),
-    Honoured("disable_tqdm", "No progress bars, plain lines instead.", ""),
+    Honoured(
+        "log_level",
+        "Of the messages of transformers and orpo_ds on the main process; `passive` leaves it as it is.",
+        "tests/monitor/test_verbosity.py::test_levels_of_main_and_other_ranks",
+    ),
+    Honoured(
+        "log_level_replica",
+        "The same on the other ranks.",
+        "tests/monitor/test_verbosity.py::test_levels_of_main_and_other_ranks",
+    ),
+    Honoured(
+        "log_on_each_node",
+        "Whether the first rank of each further host speaks as the main process does. Figures are written once.",
+        "tests/monitor/test_verbosity.py::test_levels_of_main_and_other_ranks",
+    ),
+    Honoured(
+        "disable_tqdm",
+        "No progress bars, plain lines instead.",
+        "tests/test_callbacks.py::test_bar_or_lines",
+    ),
     not_built("include_num_input_tokens_seen", "counting the tokens of the whole run", accepts=("no",)),
     Mapped("include_tokens_per_second", "", "`tokens_per_s` is always logged."),
-    not_built("skip_memory_metrics", "transformers' memory metrics (`peak_memory_mib` is always logged)"),
+    Mapped("skip_memory_metrics", "", "`peak_memory_mib` is logged each time, on GPUs and CPUs."),
 )
 
 _DASHBOARDS: tuple[Claim, ...] = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 from orpo_ds.settings import evaluation, machine, output, training
 from orpo_ds.settings.claims import Claim, Group, Honoured, Refused, shown
 
@@ -20,6 +22,16 @@ def refusal(name: str, value: object, *, default: object) -> str | None:
     claim = CLAIMS[name]
     if isinstance(claim, Refused) and value != default and value not in claim.accepts:
         return f"{shown(name, value)} is refused: {claim.why}. {claim.instead}"
-    if isinstance(claim, Honoured) and isinstance(value, str) and value in claim.refuses:
-        return f"{shown(name, value)} is refused: {claim.refuses[value]}"
+    if isinstance(claim, Honoured):
+        for word in _words(value) & claim.refuses.keys():
+            return f"{shown(name, value)} is refused: {claim.refuses[word]}"
     return None
+
+
+def _words(value: object) -> set[str]:
+    """The words that a value consists of: `debug` takes several, and a strategy may come as an enum."""
+    if isinstance(value, Enum):
+        return {value.value}
+    if isinstance(value, list):
+        return set().union(*map(_words, value))
+    return set(value.split()) if isinstance(value, str) else set()

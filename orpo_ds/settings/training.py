@@ -20,7 +20,11 @@ _ORPO: tuple[Claim, ...] = (
         "Whether experts are balanced over the global batch or over each micro-step.",
         "tests/test_experts.py::test_router_balance",
     ),
-    Honoured("disable_dropout", "Sets the model's own dropout to 0; that of LoRA stays.", ""),
+    Honoured(
+        "disable_dropout",
+        "Sets the model's own dropout to 0; that of LoRA stays.",
+        "tests/test_prepare.py::test_dropout_of_the_model_and_of_lora",
+    ),
     Honoured(
         "max_length", "Tokens of prompt and response together.", "tests/data/test_truncate.py::test_contract"
     ),
@@ -50,7 +54,11 @@ _ORPO: tuple[Claim, ...] = (
         "Label of the prompt's tokens, in what `compute_metrics` is given.",
         "tests/test_predictions.py::test_the_label_of_a_prompt",
     ),
-    Honoured("is_encoder_decoder", "Must agree with the model.", ""),
+    Honoured(
+        "is_encoder_decoder",
+        "Unset, the model's config says; what contradicts it is an error.",
+        "tests/test_prepare.py::test_a_model_of_the_other_kind",
+    ),
     Honoured("model_init_kwargs", "Keywords of `from_pretrained` for a model given by name.", ""),
     Honoured("trust_remote_code", "Off unless asked for.", ""),
     Honoured("chat_template_path", "A Jinja file, or the folder of a tokenizer.", ""),
@@ -86,15 +94,23 @@ _STEPS: tuple[Claim, ...] = (
         "the loss is always normalised over the tokens of the whole global batch",
         "Leave it at True.",
     ),
-    Honoured("seed", "Of the model's initialisation, of dropout, and of the order of the rows.", ""),
-    Honoured("data_seed", "Of the order of the rows, where it is to differ from `seed`.", ""),
+    Honoured(
+        "seed",
+        "Of the model's initialisation, of dropout, and of the order of the rows.",
+        "tests/test_plan.py::test_seeds",
+    ),
+    Honoured(
+        "data_seed",
+        "Of the order of the rows, where it is to differ from `seed`.",
+        "tests/test_plan.py::test_seeds",
+    ),
     Honoured("full_determinism", "Deterministic kernels, at the price of speed.", ""),
     Honoured(
         "train_sampling_strategy",
-        "`random` shuffles anew in each epoch, `sequential` keeps the dataset's order.",
-        "",
+        "`random` shuffles anew in each epoch, `sequential` keeps the dataset's order, `group_by_length` puts pairs of "
+        "similar length together (packed rows have no padding to save).",
+        "tests/test_plan.py::test_sampling_strategies",
         refuses={
-            "group_by_length": "batches of similar lengths are not built yet. Leave it out.",
             "batch_rebalance": "the tokens of a batch are balanced over the ranks always. Use 'random'.",
         },
     ),
@@ -104,6 +120,10 @@ _STEPS: tuple[Claim, ...] = (
         "the lengths of all pairs are known from tokenising, so no column is read",
         "Leave it out.",
     ),
+)
+
+_DURING_BACKWARD = (
+    "it updates weights during the backward pass, which ZeRO's shards do not allow. Use 'adamw_torch'."
 )
 
 _OPTIMIZER: tuple[Claim, ...] = (
@@ -122,11 +142,33 @@ _OPTIMIZER: tuple[Claim, ...] = (
     Mapped("warmup_ratio", "warmup_steps", "A share of all steps, as `warmup_steps` below 1."),
     Honoured(
         "optim",
-        "Optimizers of transformers; AdamW becomes DeepSpeed's CPU AdamW where its state is offloaded.",
+        "Optimizers of transformers, some of which need a package of their own. `adamw_torch` is fused, as "
+        "`adamw_torch_fused` is, and becomes DeepSpeed's CPU AdamW where its state is offloaded.",
         "tests/test_trainer.py::test_optimizers_by_name",
+        refuses={
+            **dict.fromkeys(("lomo", "adalomo"), _DURING_BACKWARD),
+            **dict.fromkeys(
+                (
+                    "galore_adamw_layerwise",
+                    "galore_adamw_8bit_layerwise",
+                    "galore_adafactor_layerwise",
+                    "apollo_adamw_layerwise",
+                ),
+                _DURING_BACKWARD,
+            ),
+            **dict.fromkeys(
+                ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+                "it swaps the weights for each evaluation and save, which ZeRO's partitions do not. Use 'adamw_torch'.",
+            ),
+            "adamw_torch_xla": "DeepSpeed does not run on TPUs. Use 'adamw_torch'.",
+        },
     ),
     Mapped("adafactor", "optim", "`adafactor`."),
-    Honoured("optim_args", "Keywords of the optimizer, as `key=value,key=value`.", ""),
+    Honoured(
+        "optim_args",
+        "Keywords of the optimizer, as `key=value,key=value`; one that it does not read is an error.",
+        "tests/test_engine.py::test_optim_args",
+    ),
     not_built("optim_target_modules", "an optimizer for some modules only"),
     Honoured("adam_beta1", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
     Honoured("adam_beta2", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
@@ -136,7 +178,11 @@ _OPTIMIZER: tuple[Claim, ...] = (
         "Biases and norms are not decayed, as in transformers.",
         "tests/test_engine.py::test_decayed_parameters_are_those_of_transformers",
     ),
-    Honoured("max_grad_norm", "DeepSpeed clips the norm of the global gradient.", ""),
+    Honoured(
+        "max_grad_norm",
+        "DeepSpeed clips the norm of the global gradient; 0 clips nothing.",
+        "tests/test_trainer.py::test_the_gradient_is_clipped",
+    ),
     Refused(
         "label_smoothing_factor",
         "ORPO's loss is of log-probabilities of the tokens as they are",
@@ -157,16 +203,20 @@ _PRECISION: tuple[Claim, ...] = (
     Mapped("half_precision_backend", "", "Mixed precision is DeepSpeed's own, by `bf16` or `fp16`."),
     Mapped("fp16_backend", "", "Mixed precision is DeepSpeed's own, by `bf16` or `fp16`."),
     Refused("fp16_opt_level", "it belongs to NVIDIA Apex, which is not used", "Use `fp16` or `bf16`."),
-    Honoured("tf32", "Turns TF32 products on or off; on, it needs a GPU that has them.", ""),
-    Refused(
-        "bf16_full_eval",
-        "an evaluation runs in the precision of the training",
-        "Set `bf16`, which evaluates in bfloat16 as well.",
+    Honoured(
+        "tf32",
+        "Turns TF32 products on or off; on, it needs a GPU that has them.",
+        "tests/test_config.py::test_tf32_on_a_gpu",
     ),
-    Refused(
+    Honoured(
+        "bf16_full_eval",
+        "An evaluation runs in the precision of the training, so it needs `bf16`; without, it is an error.",
+        "tests/test_evaluation.py::test_an_evaluation_in_half_precision",
+    ),
+    Honoured(
         "fp16_full_eval",
-        "an evaluation runs in the precision of the training",
-        "Set `fp16`, which evaluates in float16 as well.",
+        "An evaluation runs in the precision of the training, so it needs `fp16`; without, it is an error.",
+        "tests/test_evaluation.py::test_an_evaluation_in_half_precision",
     ),
     Honoured(
         "gradient_checkpointing",
@@ -192,7 +242,11 @@ _PRECISION: tuple[Claim, ...] = (
         "a cache of keys and values serves generation only and costs memory in training",
         "Leave it out; the saved model has the cache on again.",
     ),
-    not_built("torch_empty_cache_steps", "emptying the device's cache every so many steps"),
+    Honoured(
+        "torch_empty_cache_steps",
+        "Steps after which the device's cached memory is given back.",
+        "tests/test_callbacks.py::test_the_cache_is_emptied_every_so_many_steps",
+    ),
 )
 
 GROUPS = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from orpo_ds.data.packing import MicroBatch, pack
 from orpo_ds.data.prefetch import MicroBatchLoader
 from orpo_ds.data.truncate import TokenPair
+from tests import small_runs
 
 GROUPS: list[list[int]] = [[0, 1], [2], [], [3, 4, 5], [6]]
 PATIENCE_S = 30.0
@@ -88,6 +90,36 @@ def test_the_loader_runs_ahead_no_further_than_its_depth() -> None:
     assert watched.wanted_begun.wait(PATIENCE_S)
 
 
+@pytest.mark.parametrize(
+    ("workers", "factor", "ahead"), [(0, None, 2), (1, None, 2), (3, None, 6), (2, 4, 8)]
+)
+def test_a_run_builds_as_far_ahead_as_its_workers_would(
+    tmp_path: Path, workers: int, factor: int | None, ahead: int
+) -> None:
+    """`dataloader_num_workers` and `dataloader_prefetch_factor`, through the feed of a trainer."""
+    trainer = small_runs.trainer(
+        tmp_path / "run", dataloader_num_workers=workers, dataloader_prefetch_factor=factor
+    )
+    trainer.evaluate(small_runs.dataset(1))  # chooses the layout
+    assert trainer.train_dataset is not None
+    feed = trainer._layout.feed(trainer.train_dataset, max_tokens=None)
+    far_enough, too_far = threading.Event(), threading.Event()
+
+    def pairs() -> Iterator[list[int]]:
+        for number in range(50):
+            if number == ahead:
+                far_enough.set()
+            if number == ahead + 1:
+                too_far.set()
+            yield [number % 11]
+
+    steps = feed.steps(pairs(), device=torch.device("cpu"))
+    next(steps)
+    assert far_enough.wait(PATIENCE_S)
+    assert not too_far.wait(0.1)  # only gives a feed that runs too far the time to show it
+    steps.close()
+
+
 def test_an_error_arrives_in_its_place_and_names_the_pairs() -> None:
     def fail(group: Sequence[int]) -> MicroBatch:
         if 3 in group:
@@ -133,13 +165,19 @@ def test_depth_zero_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_micro_batches_on_a_gpu_are_those_on_the_host() -> None:
+@pytest.mark.parametrize("pin_memory", [True, False])
+def test_micro_batches_on_a_gpu_are_those_on_the_host(
+    pin_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kernels of the consumer run while the next copies do; a tensor that was reused too early would show."""
     device = torch.device("cuda", torch.cuda.current_device())
     groups = [list(range(start, start + 200)) for start in range(50)]
     busy = torch.randn(2048, 2048, device=device)
     sums = []
-    for batch in MicroBatchLoader(groups, build=build, device=device):
+    pinned, pin = [], Tensor.pin_memory
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or pin(tensor))
+    for batch in MicroBatchLoader(groups, build=build, device=device, pin_memory=pin_memory):
+        assert bool(pinned) is pin_memory
         assert all(tensor.device == device for tensor in tensors(batch))
         for _ in range(20):
             busy = (

@@ -125,7 +125,7 @@ def test_a_prompt_longer_than_max_length_trains(tmp_path: Path, layout: str) -> 
     ("name", "words"),
     [
         ("mdoel", ("no such folder", "Did you mean {folder}/model?")),
-        ("somebody/no-such-model", ("somebody/no-such-model", "cannot be loaded")),
+        ("somebody/no-such-model", ("cannot be loaded", "no folder 'somebody/no-such-model' in")),
     ],
 )
 def test_model_that_does_not_exist(train: Train, tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
@@ -233,6 +233,7 @@ def test_nvme_without_libaio(train: Train, tmp_path: Path, part: str) -> None:
         ("learning_rte: 1e-5\n", ("unknown field 'learning_rte'", "Did you mean learning_rate?")),
         ("learning_rate: [1\nbeta: 2\n", ("not valid YAML", "line 2")),
         ("- learning_rate\n", ("expected `field: value` lines", "list")),
+        ("# nothing yet\n", ("the file is empty",)),
         ("num_train_epochs: many\n", ("num_train_epochs", "invalid float value: 'many'")),
     ],
 )

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[Any, Any]] = {
     "fp16_backend": ("cuda_amp", None),
     "include_tokens_per_second": (True, None),
     "logging_nan_inf_filter": (False, None),
+    "skip_memory_metrics": (False, None),
     "ddp_find_unused_parameters": (False, None),
     "dataloader_num_workers": (4, None),
     "dataloader_persistent_workers": (True, None),
