@@ -25,7 +25,7 @@ def training_batches(args: ORPOConfig, dataset: TokenDataset | TokenStream) -> G
     if isinstance(dataset, TokenStream):
         if args.train_sampling_strategy == "group_by_length":
             raise ValueError(
-                "train_sampling_strategy='group_by_length': the lengths of a stream are not known beforehand. Use 'random'."
+                "train_sampling_strategy='group_by_length': the lengths of a stream are not known. Use 'random'."
             )
         return dataset
     return GlobalBatches(

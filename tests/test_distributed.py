@@ -9,6 +9,7 @@ import pytest
 from tests.small_runs import REPOSITORY, settings
 
 JOIN = """
+import torch
 import torch.distributed as dist
 from orpo_ds import distributed
 try:
@@ -16,9 +17,8 @@ try:
 except ValueError as error:
     print(error)
 distributed.start_process_group(timeout_s=77, backend="gloo")
-[backend] = dist.distributed_c10d._world.pg_map.values()
-group = dist.distributed_c10d._get_default_group()
-print(dist.get_backend(), group._get_backend(__import__("torch").device("cpu")).options._timeout.total_seconds())
+gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+print(dist.get_backend(), gloo.options._timeout.total_seconds())
 """
 
 
