@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import without_rendezvous
 from tests.small_runs import REPOSITORY, settings
 
 JOIN = """
@@ -25,7 +26,12 @@ print(dist.get_backend(), gloo.options._timeout.total_seconds())
 def test_the_process_group_is_the_one_asked_for() -> None:
     """In a process of its own: a process joins once."""
     finished = subprocess.run(
-        [sys.executable, "-c", JOIN], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-c", JOIN],
+        cwd=REPOSITORY,
+        env=without_rendezvous(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     lines = finished.stdout.splitlines()
     assert "ddp_backend='nothing': this torch has no such backend. Leave it out." in lines, finished.stderr
