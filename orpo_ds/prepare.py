@@ -13,6 +13,7 @@ from transformers.trainer_utils import enable_full_determinism
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.processing import ProcessingClass, tokenizer_of
 from orpo_ds.engine import check_offload
+from orpo_ds.model.compiled import use_liger_layers
 from orpo_ds.model.load import (
     check_vocabulary,
     disable_dropout,
@@ -82,6 +83,8 @@ def prepare_model(
         made = add_adapters(made, peft_config, args=args)
     if args.disable_dropout:
         disable_dropout(made)
+    if args.use_liger_kernel:
+        use_liger_layers(made, args.liger_kernel_config)
     if args.gradient_checkpointing:
         made.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
         made.enable_input_require_grads()

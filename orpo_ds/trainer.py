@@ -33,6 +33,8 @@ from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
 from orpo_ds.evaluation import Evaluation
 from orpo_ds.layout import RunLayout, check_collator, choose_layout
+from orpo_ds.model.compiled import compile_backbone
+from orpo_ds.model.neftune import embedding_noise
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.jsonl import MetricsFile
 from orpo_ds.monitor.report import reporting_callbacks
@@ -189,7 +191,8 @@ class ORPOTrainer:
             self._ready_engine()
             if source is not None:
                 self._restore(source)
-            with self._layout.attention():
+            noise = embedding_noise(self.policy.parts, self.args.neftune_noise_alpha)
+            with self._layout.attention(), noise:
                 output = self._loop()
             self.publisher.finish(self.state)
         return output
@@ -313,6 +316,8 @@ class ORPOTrainer:
         )
         check_engine(self.engine.deepspeed)
         self._chosen_layout = self._choose_layout()
+        if (backend := self.args.torch_compile_backend) is not None:  # transformers names inductor by default
+            compile_backbone(self.policy.parts, backend=backend, mode=self.args.torch_compile_mode)
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler = self.engine.optimizer, self.engine.scheduler
         return self.engine

@@ -54,7 +54,6 @@ def test_defaults_are_trls() -> None:
         ({"unusable_rows": "ignore"}, "unusable_rows='ignore'"),
         ({"fp16": True, "bf16": True}, "exclude each other"),
         # What would otherwise be passed over in silence.
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"save_strategy": "best"}, "save_strategy='best' needs evaluations to choose by"),
     ],

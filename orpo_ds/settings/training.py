@@ -104,7 +104,11 @@ _STEPS: tuple[Claim, ...] = (
         "Of the order of the rows, where it is to differ from `seed`.",
         "tests/test_plan.py::test_seeds",
     ),
-    Honoured("full_determinism", "Deterministic kernels, at the price of speed.", ""),
+    Honoured(
+        "full_determinism",
+        "transformers' `enable_full_determinism`: deterministic kernels, at the price of speed.",
+        "tests/model/test_compiled.py::test_full_determinism",
+    ),
     Honoured(
         "train_sampling_strategy",
         "`random` shuffles anew in each epoch, `sequential` keeps the dataset's order, `group_by_length` puts pairs of "
@@ -160,6 +164,10 @@ _OPTIMIZER: tuple[Claim, ...] = (
                 ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
                 "it swaps the weights for each evaluation and save, which ZeRO's partitions do not. Use 'adamw_torch'.",
             ),
+            **dict.fromkeys(
+                ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"),
+                "it projects the gradient of a whole matrix, and ZeRO hands an optimizer flat shards. Train adapters.",
+            ),
             "adamw_torch_xla": "DeepSpeed does not run on TPUs. Use 'adamw_torch'.",
         },
     ),
@@ -169,7 +177,11 @@ _OPTIMIZER: tuple[Claim, ...] = (
         "Keywords of the optimizer, as `key=value,key=value`; one that it does not read is an error.",
         "tests/test_engine.py::test_optim_args",
     ),
-    not_built("optim_target_modules", "an optimizer for some modules only"),
+    Refused(
+        "optim_target_modules",
+        "GaLore and APOLLO project the gradient of a whole matrix, and ZeRO hands an optimizer flat shards",
+        "Train adapters with `peft_config`, or shard the optimizer's state over more ranks.",
+    ),
     Honoured("adam_beta1", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
     Honoured("adam_beta2", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
     Honoured("adam_epsilon", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
@@ -188,7 +200,12 @@ _OPTIMIZER: tuple[Claim, ...] = (
         "ORPO's loss is of log-probabilities of the tokens as they are",
         "Leave it out; `beta` weighs the two terms.",
     ),
-    not_built("neftune_noise_alpha", "noise on the embeddings"),
+    Honoured(
+        "neftune_noise_alpha",
+        "Noise on the embeddings in training, by the length of a token's own pair; a trunk's is one draw for both "
+        "branches.",
+        "tests/model/test_neftune.py::test_noise_is_bounded_by_the_length_of_the_pair",
+    ),
 )
 
 _PRECISION: tuple[Claim, ...] = (
@@ -230,13 +247,33 @@ _PRECISION: tuple[Claim, ...] = (
     Honoured(
         "activation_checkpointing_kwargs", "transformers 5's name of `gradient_checkpointing_kwargs`.", ""
     ),
-    not_built("torch_compile", "a compiled model"),
-    not_built("torch_compile_backend", "a compiled model"),
-    not_built("torch_compile_mode", "a compiled model"),
+    Honoured(
+        "torch_compile",
+        "Compiles the forward of the backbone; packed attention and loss stay outside of the graphs.",
+        "tests/model/test_compiled.py::test_compiled_numbers_are_the_same",
+    ),
+    Honoured(
+        "torch_compile_backend",
+        "Turns `torch_compile` on.",
+        "tests/model/test_compiled.py::test_compiled_numbers_are_the_same",
+    ),
+    Honoured(
+        "torch_compile_mode",
+        "Turns `torch_compile` on.",
+        "tests/model/test_compiled.py::test_the_mode_reaches_the_compiler",
+    ),
     Mapped("torchdynamo", "torch_compile_backend", "The same name."),
     Refused("jit_mode_eval", "it traced models for inference with IPEX", "Leave it out."),
-    not_built("use_liger_kernel", "Liger's layers"),
-    not_built("liger_kernel_config", "Liger's layers"),
+    Honoured(
+        "use_liger_kernel",
+        "Liger's kernels for layers, never for the loss.",
+        "tests/model/test_compiled.py::test_liger_gets_layers_and_no_loss",
+    ),
+    Honoured(
+        "liger_kernel_config",
+        "Which kernels; its losses are refused.",
+        "tests/model/test_compiled.py::test_liger_gets_layers_and_no_loss",
+    ),
     Refused(
         "use_cache",
         "a cache of keys and values serves generation only and costs memory in training",
