@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TypeAlias
 
 import datasets
 from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from orpo_ds import distributed
@@ -72,14 +74,20 @@ def prepare_dataset(
     if isinstance(rows, IterableDataset):
         cache = Path(args.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds")
         rows = read_whole(rows, folder=cache / "streamed")
-    return tokenize_dataset(
+    progress = not args.disable_tqdm
+    tokenized = tokenize_dataset(
         rows,
         processing_class=processing_class,
         options=_options_for(args, model),
         unusable=args.unusable_rows,
         cache_dir=args.dataset_cache_dir,
         num_proc=args.dataset_num_proc,
+        progress=progress,
     )
+    if progress and distributed.is_main():
+        source = "read from" if tokenized.was_kept else "tokenised into"
+        tqdm.write(f"{len(tokenized):,} token pairs {source} {tokenized.folder}", file=sys.stderr)
+    return tokenized
 
 
 def _options_for(args: ORPOConfig, model: PreTrainedModel) -> TokenizeOptions:

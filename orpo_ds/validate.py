@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, ProcessorMixin
 
 from orpo_ds.config import ORPOConfig, ScriptArguments
 from orpo_ds.data.images import IMAGE_COLUMNS
@@ -18,6 +18,7 @@ from orpo_ds.data.load import Rows
 from orpo_ds.data.preference import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, check_columns
 from orpo_ds.data.processing import ProcessingClass, tokenizer_of
 from orpo_ds.data.report import LENGTHS, DataReport, examine
+from orpo_ds.data.tokenize import check_images
 from orpo_ds.data.truncate import TokenizeOptions, TokenPair
 from orpo_ds.model.load import load_processing, reads_images, use_chat_template
 from orpo_ds.prepare_data import tokenize_options
@@ -49,6 +50,8 @@ def validate(script: ScriptArguments, args: ORPOConfig, *, console: Console | No
     rows = load_script_rows(script, seed=seed, evaluates=False).train
     columns = rows.column_names or list(next(iter(rows)))
     check_columns(columns)
+    processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+    check_images(columns, processor=processor, options=options)
     wanted = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *IMAGE_COLUMNS)
     known = [name for name in columns if name in wanted]
     report = DataReport()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,17 @@ def test_the_settings_reach_the_stream(tmp_path: Path) -> None:
     assert sorted(first_rows(dataset_shuffle_buffer=4)) == [0, 1, 2, 3]
     assert max(first_rows()) > 3
     assert first_rows(data_seed=7) != first_rows(data_seed=8)
+
+
+def test_the_bar_and_where_the_tokens_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(**settings: Any) -> str:
+        small_runs.trainer(tmp_path / "run", pairs=11, **settings)
+        return capsys.readouterr().err
+
+    assert "Tokenising" not in said()
+    assert re.search(
+        rf"^11 token pairs read from {tmp_path}/tokens/\w+$", said(disable_tqdm=False), re.MULTILINE
+    )
+    first = said(disable_tqdm=False, max_length=100, max_prompt_length=60)
+    assert "Tokenising: 100%" in first
+    assert f"11 token pairs tokenised into {tmp_path}/tokens/" in first

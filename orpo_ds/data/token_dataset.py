@@ -103,6 +103,8 @@ class TokenDataset:
         refused: reason -> numbers of the rows that could not be used.
         example_details: reason -> what was wrong with the first of them.
         images: of the pairs that have some, where any has; whoever has the rows sets it.
+        folder: where it is kept.
+        was_kept: whether the folder was there already, and nothing had to be tokenised.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,6 +118,8 @@ class TokenDataset:
         self.refused: dict[str, list[int]] = manifest["refused"]
         self.example_details: dict[str, str] = manifest["example_details"]
         self.images: ImageInputs | None = None
+        self.folder = folder
+        self.was_kept = True
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -159,13 +163,21 @@ def build_once(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) 
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(folder, tokenize_into)
+                built = TokenDataset(folder)
+                built.was_kept = False
+                return built
     return TokenDataset(folder)
 
 
-def _build(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) -> None:
+def unfinished_folder(name: str, *, within: Path) -> Path:
+    """A new folder for something that gets its real name when it is whole; `remove_abandoned` knows whose it is."""
     # The name is unique, not only locked: some cluster file systems grant a lock to two nodes at once.
     owner = f"{socket.gethostname()}.{os.getpid()}."
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.{owner}", suffix=UNFINISHED, dir=folder.parent))
+    return Path(tempfile.mkdtemp(prefix=f"{name}.{owner}", suffix=UNFINISHED, dir=within))
+
+
+def _build(folder: Path, tokenize_into: Callable[[Path], datasets.Dataset]) -> None:
+    unfinished = unfinished_folder(folder.name, within=folder.parent)
     try:
         _write_index(unfinished, tokenize_into(unfinished))
         unfinished.chmod(0o755)  # mkdtemp's folder is private; a cache may be shared

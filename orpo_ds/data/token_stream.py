@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -31,7 +31,7 @@ from orpo_ds.data.images import IMAGE_COLUMNS
 from orpo_ds.data.preference import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, RowError, check_columns
 from orpo_ds.data.processing import ProcessingClass, processing_hash
 from orpo_ds.data.row_stream import Row, RowStream, StreamPosition, hash_rows
-from orpo_ds.data.token_dataset import PairLengths
+from orpo_ds.data.token_dataset import PairLengths, remove_abandoned, unfinished_folder
 from orpo_ds.data.tokenize import check_images, tokenize_rows
 from orpo_ds.data.truncate import TokenizeOptions, TokenPair
 
@@ -237,8 +237,10 @@ def read_whole(rows: datasets.IterableDataset, *, folder: Path) -> datasets.Data
     _first_rows(rows)
     digest = hashlib.sha256()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, suffix=".unfinished") as unfinished:
-        written = Path(unfinished) / "rows.arrow"
+    remove_abandoned(folder)
+    unfinished = unfinished_folder("rows", within=folder)
+    try:
+        written = unfinished / "rows.arrow"
         with ArrowWriter(path=str(written)) as writer:
             source = iter(rows)
             while block := [_known(row) for row in islice(source, BLOCK_ROWS)]:
@@ -248,6 +250,8 @@ def read_whole(rows: datasets.IterableDataset, *, folder: Path) -> datasets.Data
             writer.finalize()
         kept = folder / f"{digest.hexdigest()}.arrow"
         written.rename(kept)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     saved = datasets.Dataset.from_file(str(kept))
     # The name of the content is the same for every process, so that one of them tokenises for all.
     return datasets.Dataset(saved.data, info=saved.info, fingerprint=digest.hexdigest())
