@@ -6,6 +6,8 @@ Called after `datasets` has failed: its message has the row within a block of 16
 from __future__ import annotations
 
 import json
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ def explain_json(files: Sequence[str]) -> None:
     """
     kinds: dict[str, str] = {}  # column -> JSON type of its first value
     for file in files:
-        for place, value in _json_values(file):
+        for place, value in _readable(file):
             if not isinstance(value, dict):
                 raise ValueError(
                     f"{place} is {_json_type(value)}, not an object with columns: {_excerpt(value)}"
@@ -43,6 +45,13 @@ def explain_json(files: Sequence[str]) -> None:
                     raise ValueError(
                         f"{place}: {key!r} is {kind}, but {known} in the lines before: {_excerpt(held)}"
                     )
+
+
+def _readable(file: str) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from _json_values(file)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:  # what is wrong lies below the JSON
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _json_values(file: str) -> Iterator[tuple[str, Any]]:

@@ -152,6 +152,8 @@ def _load(builder: str, *, files: Sequence[str], split: str, streaming: bool, **
         raise ValueError(f"{' or '.join(files[:5])} cannot be read: {error.__cause__ or error}") from error
     except ConnectionError as error:
         raise ValueError(f"{_few(files)} cannot be reached: {error}") from error
+    except (EOFError, OSError) as error:
+        raise ValueError(f"{_few(files)} cannot be read: {error}") from error
     except ValueError as error:
         if "zstd not supported" in str(error):
             raise ValueError(f"{_few(files)}: zstd needs a package: pip install zstandard") from error

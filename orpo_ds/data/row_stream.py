@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from orpo_ds.data.batches import random_order
 
@@ -126,7 +127,7 @@ class RowStream:
         self._block: list[Row] = []
         self._rows.set_epoch(position.epoch)
         self._rows.load_state_dict(position.source)
-        self._source = iter(self._rows)
+        self._source = readable(self._rows, first_row=position.first_row)
 
     def _next_block(self) -> None:
         first_row = self._position.first_row + len(self._block)
@@ -154,6 +155,24 @@ class RowStream:
         self._position = StreamPosition(
             epoch=epoch, first_row=first_row, block_hash=hash_rows(self._block), source=state
         )
+
+
+def readable(rows: Iterable[Row], *, first_row: int = 0) -> Iterator[Row]:
+    """The rows; where one cannot be read, say which.
+
+    Raises:
+        ValueError: a file is damaged, not in UTF-8, or cannot be reached any more.
+    """
+    source, number = iter(rows), first_row
+    while True:
+        try:
+            row = next(source)
+        except StopIteration:
+            return
+        except (ValueError, OSError, EOFError, DatasetsError) as error:
+            raise ValueError(f"the stream cannot be read from row {number} on: {error}") from error
+        yield row
+        number += 1
 
 
 def hash_rows(rows: Sequence[Row]) -> str:

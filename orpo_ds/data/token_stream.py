@@ -30,7 +30,7 @@ from orpo_ds.data.image_inputs import ImageInputs
 from orpo_ds.data.images import IMAGE_COLUMNS
 from orpo_ds.data.preference import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, RowError, check_columns
 from orpo_ds.data.processing import ProcessingClass, processing_hash
-from orpo_ds.data.row_stream import Row, RowStream, StreamPosition, hash_rows
+from orpo_ds.data.row_stream import Row, RowStream, StreamPosition, hash_rows, readable
 from orpo_ds.data.token_dataset import PairLengths, remove_abandoned, unfinished_folder
 from orpo_ds.data.tokenize import check_images, tokenize_rows
 from orpo_ds.data.truncate import TokenizeOptions, TokenPair
@@ -96,7 +96,7 @@ class TokenStream:
         rows = rows.with_format(None)
         first = _first_rows(rows)
         self.images: ImageInputs | None = None
-        _check_images(next(iter(rows)), processing_class=processing_class, options=options)
+        _check_images(next(readable(rows)), processing_class=processing_class, options=options)
         self.example = self._example(first)
         parts = [hash_rows(first), processing_hash(processing_class), asdict(options), block_rows, shuffle]
         self.fingerprint = "stream:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -204,7 +204,7 @@ class TokenStream:
 
 
 def _first_rows(rows: datasets.IterableDataset) -> list[Row]:
-    first = list(islice(iter(rows), FIRST_ROWS))
+    first = list(islice(readable(rows), FIRST_ROWS))
     if not first:
         raise ValueError("the dataset has no rows: nothing to train on. Check the files and the split")
     check_columns(list(first[0]))
@@ -242,7 +242,7 @@ def read_whole(rows: datasets.IterableDataset, *, folder: Path) -> datasets.Data
     try:
         written = unfinished / "rows.arrow"
         with ArrowWriter(path=str(written)) as writer:
-            source = iter(rows)
+            source = readable(rows)
             while block := [_known(row) for row in islice(source, BLOCK_ROWS)]:
                 digest.update(hash_rows(block).encode())
                 for row in block:

@@ -17,6 +17,7 @@ import pytest
 
 from orpo_ds.data.load import load_rows
 from orpo_ds.data.preference import RowError
+from orpo_ds.data.row_stream import readable
 from orpo_ds.data.tokenize import tokenize_rows
 from orpo_ds.data.truncate import TokenizeOptions
 from tests.parity.tokenizer import tiny_tokenizer
@@ -329,3 +330,34 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str, word
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=words):
         load_rows(str(tmp_path / name), split="train")
+
+
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "ended before the end-of-stream"),
+    "word.jsonl": (LINES.encode() + b"{oops\n", "JSON"),
+    "bytes.jsonl": (LINES.encode() + b'{"prompt": "\xff"}\n', "utf-8|UTF-8"),
+    "quote.csv": (b'prompt,chosen,rejected\na,"b,c\n', "EOF inside string"),
+    "start.parquet": (b"PAR1 no", "Parquet"),
+    "open.json": (b'[{"chosen": "1"}, {"chosen": "2"}', "array|JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_end_in_one_message(tmp_path: Path, name: str) -> None:
+    """Read whole or streamed; what Arrow takes for text is found where it is tokenised (`test_token_dataset`)."""
+    content, words = DAMAGED[name]
+    (tmp_path / name).write_bytes(content)
+    if name != "bytes.jsonl":
+        with pytest.raises(ValueError, match=words) as raised:
+            load_rows(str(tmp_path / name), split="train")
+        assert name in str(raised.value)
+    with pytest.raises(ValueError, match=words):
+        list(readable(load_rows(str(tmp_path / name), split="train", streaming=True)))
+
+
+def test_the_place_in_a_stream_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(LINES + "{oops\n")
+    with pytest.raises(
+        ValueError, match=r"the stream cannot be read from row 0 on: JSON parse error.* in row 10"
+    ):
+        list(readable(load_rows(str(tmp_path / "rows.jsonl"), split="train", streaming=True)))
