@@ -123,13 +123,18 @@ def test_trls_example_command(folder: Path) -> None:
 
 
 def test_a_second_start_does_not_tokenise_again(folder: Path) -> None:
-    first = small_runs.run_cli(small_runs.command_line(folder), datasets_cache=folder / "hf")
-    second = small_runs.run_cli(
-        small_runs.command_line(folder, output_dir=folder / "again"), datasets_cache=folder / "hf"
+    first, second = (
+        small_runs.run_cli(
+            small_runs.command_line(folder, output_dir=folder / name, disable_tqdm=False),
+            datasets_cache=folder / "hf",
+        )
+        for name in ("run", "again")
     )
     assert "Tokenising" in first.stderr
+    assert "8 token pairs tokenised into" in first.stderr
     assert second.status == 0
     assert "Tokenising" not in second.stderr
+    assert "8 token pairs read from" in second.stderr
 
 
 def test_resume_by_flag(folder: Path) -> None:
