@@ -65,7 +65,9 @@ def train(words: Sequence[str]) -> None:
     from orpo_ds.trainer import ORPOTrainer
 
     rows = load_script_rows(
-        script, seed=args.seed if args.data_seed is None else args.data_seed, evaluates=args.do_eval
+        script,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        evaluates=args.do_eval or args.do_predict,
     )
     trainer = ORPOTrainer(
         script.model_name_or_path,
@@ -75,6 +77,11 @@ def train(words: Sequence[str]) -> None:
         peft_config=_adapters(script),
     )
     _train_and_save(trainer)
+    if args.do_eval and args.eval_strategy == "no":  # otherwise the last step has evaluated
+        trainer.evaluate()
+    if args.do_predict:
+        assert rows.test is not None
+        trainer.log(trainer.predict(rows.test).metrics or {})
 
 
 def chat(words: Sequence[str]) -> None:

@@ -86,7 +86,10 @@ def prepare_model(
     if args.use_liger_kernel:
         use_liger_layers(made, args.liger_kernel_config)
     if args.gradient_checkpointing:
-        made.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        keywords = dict(args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+        # Two of them are transformers' own, as in its Trainer; the others go to torch.utils.checkpoint.
+        own = {name: keywords.pop(name) for name in ("every_n_layers", "offload") if name in keywords}
+        made.activation_checkpointing_enable(keywords or None, **own)
         made.enable_input_require_grads()
     return made
 

@@ -245,6 +245,9 @@ class ORPOTrainer:
         except NonFiniteLossError as error:
             raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
         watch.end_step(outcome, pairs=plan.pairs, learning_rate=engine.optimizer.param_groups[0]["lr"])
+        if self.args.include_num_input_tokens_seen != "no":
+            padding = self.args.include_num_input_tokens_seen == "all"
+            self.state.num_input_tokens_seen += watch.take_tokens(padding=padding)
         if outcome.applied and not follows_metric(engine.scheduler):
             engine.scheduler.step()
         elif not outcome.applied and distributed.is_main():
@@ -272,6 +275,8 @@ class ORPOTrainer:
             return
         deepspeed = self._ready_engine().deepspeed
         figures = watch.figures(self.state.global_step)
+        if self.args.include_num_input_tokens_seen != "no":
+            figures["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         self.log(figures | {"grad_norm": gradient_norm(deepspeed), "skipped_steps": deepspeed.skipped_steps})
 
     def log(self, figures: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ class Watch:
         """
         self._device = device
         self._sums = MetricSums()
+        self._real_tokens = self._slots = 0
         # How many random matrices the measurement draws depends on the time they take: the training's own random
         # numbers must not, or two runs with dropout would never be the same.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -54,6 +55,8 @@ class Watch:
         """Take the sums of one micro-batch of this rank."""
         self._sums.add_micro_batch(sums, batch)
         self._clock.add_pairs(batch.pair_ids)
+        self._real_tokens += batch.real_tokens
+        self._slots += batch.input_ids.numel()
 
     def end_step(self, outcome: StepOutcome, *, pairs: int, learning_rate: float) -> None:
         """Note what an optimizer step over `pairs` pairs did with its `learning_rate`."""
@@ -61,6 +64,11 @@ class Watch:
         self._loss += outcome.loss
         self._pairs += pairs
         self._steps += 1
+
+    def take_tokens(self, *, padding: bool) -> int:
+        """Tokens of all ranks since this was asked last, with or without the padding. Collective."""
+        own, self._real_tokens, self._slots = self._slots if padding else self._real_tokens, 0, 0
+        return int(distributed.sum_over_ranks(torch.tensor(own, device=self._device)).item())
 
     def paused(self) -> AbstractContextManager[None]:
         """Leave an evaluation or a save out of the steps' time."""

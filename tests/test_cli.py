@@ -154,6 +154,21 @@ def test_resume_by_flag(folder: Path) -> None:
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+def test_an_evaluation_and_a_prediction_at_the_end(folder: Path) -> None:
+    (folder / "rows").mkdir()
+    small_runs.write_jsonl(folder / "rows" / "train.jsonl", small_runs.rows(8))
+    small_runs.write_jsonl(folder / "rows" / "test.jsonl", small_runs.rows(3))
+    flags = {"dataset_name": folder / "rows", "do_eval": True, "do_predict": True, "do_train": True}
+    answer = small_runs.run_cli(small_runs.command_line(folder, **flags), datasets_cache=folder / "hf")
+    assert answer.status == 0, answer.stderr
+    lines = read_metrics(folder / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2]
+    [evaluated], [predicted] = (
+        [line for line in lines if name in line] for name in ("eval_loss", "test_loss")
+    )
+    assert predicted["test_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-6)
+
+
 def test_lora_by_flags(folder: Path) -> None:
     flags = {"use_peft": True, "lora_r": 4, "learning_rate": "1e-2"}
     line = small_runs.command_line(folder, **flags)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import SchedulerType
 from orpo_ds import ORPOTrainer
 from orpo_ds.export import full_state
 from orpo_ds.monitor.jsonl import read_metrics
+from orpo_ds.plan import training_batches
 from tests import small_runs
 from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import pad_pairs, reference_step
@@ -235,6 +236,34 @@ def test_the_gradient_is_clipped(tmp_path: Path, limit: float, moves_less: bool)
     moved = math.sqrt(sum((now - then).double().square().sum().item() for now, then in pairs))
     norm = min(trainer.state.log_history[0]["grad_norm"], limit if moves_less else math.inf)
     assert moved == pytest.approx(1e-3 * norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(("wish", "layout"), [(True, "padded"), ("non_padding", "padded"), ("all", "packed")])
+def test_tokens_seen(tmp_path: Path, wish: bool | str, layout: str) -> None:
+    """Against the lengths of the pairs of each step; 11 pairs in batches of 4, each batch one micro-batch."""
+    changes = {"include_num_input_tokens_seen": wish, "layout": layout, "max_steps": 4}
+    trainer = small_runs.trainer(
+        tmp_path / "run", save_strategy="steps", save_steps=2, logging_steps=2, **changes
+    )
+    assert trainer.train_dataset is not None
+    batches = training_batches(trainer.args, trainer.train_dataset)
+    seen = 0
+    expected = {}
+    for step in range(4):
+        pairs = [trainer.train_dataset[index] for index in batches.pairs(step)]
+        both = [len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+        if layout == "packed":
+            seen += sum(both) - sum(pair.trunk for pair in pairs)
+        else:
+            seen += sum(both) if wish == "non_padding" else len(both) * max(both)
+        expected[step + 1] = seen
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    logged = {line["step"]: line["num_input_tokens_seen"] for line in lines}
+    assert logged == {step: expected[step] for step in (2, 4)}
+    resumed = small_runs.trainer(tmp_path / "run", logging_steps=2, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.num_input_tokens_seen == expected[4]
 
 
 def test_means_are_over_all_steps_since_the_last_log(tmp_path: Path) -> None:

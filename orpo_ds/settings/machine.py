@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused
 
 _RANKS: tuple[Claim, ...] = (
     Honoured(
@@ -120,9 +120,21 @@ _LOADING: tuple[Claim, ...] = (
 )
 
 _SCRIPT: tuple[Claim, ...] = (
-    Honoured("do_train", "", ""),
-    Honoured("do_eval", "Also on when `eval_strategy` is.", ""),
-    not_built("do_predict", "`predict`"),
+    Honoured(
+        "do_train",
+        "`orpo-ds train` trains in any case, as TRL's scripts do.",
+        "tests/test_cli.py::test_trls_example_command",
+    ),
+    Honoured(
+        "do_eval",
+        "Reads the test split and evaluates as `eval_strategy` says, which turns this on; with `no`, at the end.",
+        "tests/test_cli.py::test_an_evaluation_and_a_prediction_at_the_end",
+    ),
+    Honoured(
+        "do_predict",
+        "Logs the metrics of `predict` on the test split, as `test_…`, at the end.",
+        "tests/test_cli.py::test_an_evaluation_and_a_prediction_at_the_end",
+    ),
 )
 
 GROUPS = (

@@ -84,7 +84,12 @@ _LOGS: tuple[Claim, ...] = (
         "No progress bars, plain lines instead.",
         "tests/test_callbacks.py::test_bar_or_lines",
     ),
-    not_built("include_num_input_tokens_seen", "counting the tokens of the whole run", accepts=("no",)),
+    Honoured(
+        "include_num_input_tokens_seen",
+        "Logs `num_input_tokens_seen`, over all ranks and resumes: `non_padding`, or with the padding (`all`, True). A "
+        "shared trunk of packed rows counts once, as it is computed once.",
+        "tests/test_trainer.py::test_tokens_seen",
+    ),
     Mapped("include_tokens_per_second", "", "`tokens_per_s` is always logged."),
     Mapped("skip_memory_metrics", "", "`peak_memory_mib` is logged each time, on GPUs and CPUs."),
 )

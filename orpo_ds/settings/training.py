@@ -48,7 +48,11 @@ _ORPO: tuple[Claim, ...] = (
         "Rows that cannot be trained on stop the run, or are dropped and counted.",
         "tests/data/test_token_dataset.py::test_unusable_rows_are_dropped_on_request",
     ),
-    Honoured("padding_value", "Token id of the padding, in the padded layout.", ""),
+    Honoured(
+        "padding_value",
+        "Token id of the padding, in the padded layout.",
+        "tests/test_layout.py::test_padding_is_the_token_that_was_named",
+    ),
     Honoured(
         "label_pad_token_id",
         "Label of the prompt's tokens, in what `compute_metrics` is given.",
@@ -59,19 +63,51 @@ _ORPO: tuple[Claim, ...] = (
         "Unset, the model's config says; what contradicts it is an error.",
         "tests/test_prepare.py::test_a_model_of_the_other_kind",
     ),
-    Honoured("model_init_kwargs", "Keywords of `from_pretrained` for a model given by name.", ""),
-    Honoured("trust_remote_code", "Off unless asked for.", ""),
-    Honoured("chat_template_path", "A Jinja file, or the folder of a tokenizer.", ""),
-    Honoured("dataset_num_proc", "Processes that tokenise.", ""),
-    Honoured("dataset_cache_dir", "Where tokenised data is kept.", ""),
+    Honoured(
+        "model_init_kwargs",
+        "Keywords of `from_pretrained` for a model given by name.",
+        "tests/test_prepare.py::test_keywords_reach_from_pretrained",
+    ),
+    Honoured(
+        "trust_remote_code",
+        "Off unless asked for.",
+        "tests/test_prepare.py::test_code_of_a_model_folder_runs_only_when_asked_for",
+    ),
+    Honoured(
+        "chat_template_path",
+        "A Jinja file, or the folder of a tokenizer.",
+        "tests/faults/test_bad_input.py::test_tokenizer_without_chat_template",
+    ),
+    Honoured(
+        "dataset_num_proc",
+        "Processes that tokenise.",
+        "tests/data/test_token_dataset.py::test_several_processes_make_the_same",
+    ),
+    Honoured(
+        "dataset_cache_dir",
+        "Where tokenised data is kept.",
+        "tests/test_cli.py::test_a_second_start_does_not_tokenise_again",
+    ),
     Honoured(
         "dataset_shuffle_buffer",
         "Rows of a streamed dataset that are held in memory and shuffled with each other.",
         "tests/test_prepare_data.py::test_the_settings_reach_the_stream",
     ),
-    Honoured("layout", "Packed, padded, or what the check before step 0 finds.", ""),
-    Honoured("max_tokens_per_micro_batch", "Most tokens that a rank pushes through the model at once.", ""),
-    Honoured("logits_cache_mib", "MiB of logits kept from forward to backward.", ""),
+    Honoured(
+        "layout",
+        "Packed, padded, or what the check before step 0 finds.",
+        "tests/distributed/test_invariance.py::test_loss_metrics_and_gradients",
+    ),
+    Honoured(
+        "max_tokens_per_micro_batch",
+        "Most tokens that a rank pushes through the model at once.",
+        "tests/distributed/test_invariance.py::test_a_tight_budget_means_more_micro_steps",
+    ),
+    Honoured(
+        "logits_cache_mib",
+        "MiB of logits kept from forward to backward.",
+        "tests/loss/test_token_logps.py::test_number_of_matrix_products",
+    ),
 )
 
 _STEPS: tuple[Claim, ...] = (
@@ -240,12 +276,20 @@ _PRECISION: tuple[Claim, ...] = (
         "Recomputes activations in the backward pass. The same setting as `activation_checkpointing`.",
         "tests/test_trainer.py::test_gradient_checkpointing_changes_nothing",
     ),
-    Honoured("activation_checkpointing", "transformers 5's name of `gradient_checkpointing`.", ""),
     Honoured(
-        "gradient_checkpointing_kwargs", "Of `gradient_checkpointing_enable`; not reentrant unless said.", ""
+        "activation_checkpointing",
+        "transformers 5's name of `gradient_checkpointing`.",
+        "tests/test_prepare.py::test_checkpointing_by_both_names",
     ),
     Honoured(
-        "activation_checkpointing_kwargs", "transformers 5's name of `gradient_checkpointing_kwargs`.", ""
+        "gradient_checkpointing_kwargs",
+        "The same setting as `activation_checkpointing_kwargs`.",
+        "tests/test_prepare.py::test_checkpointing_by_both_names",
+    ),
+    Honoured(
+        "activation_checkpointing_kwargs",
+        "Of `torch.utils.checkpoint`, not reentrant unless said; and `every_n_layers`, `offload`.",
+        "tests/test_prepare.py::test_checkpointing_by_both_names",
     ),
     Honoured(
         "torch_compile",
