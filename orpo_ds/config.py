@@ -52,7 +52,10 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]  # None: not yet settled
         default=None,
         metadata={
-            "help": "Train in bfloat16. Unset, the hardware decides: bfloat16 where it is native, else float32."
+            "help": "Train in bfloat16. Unset, the hardware decides: bfloat16 where it is native, else float32.",
+            # `--bf16` alone, as TRL's commands have it; argparse would want a value of a field that may be None.
+            "nargs": "?",
+            "const": True,
         },
     )
     gradient_checkpointing: bool = field(
