@@ -79,6 +79,7 @@ def prepare_model(
             f"{made.config.is_encoder_decoder}. Leave it out."
         )
     made.config.use_cache = False
+    _warn_of_rounding(made, args)
     if peft_config is not None:
         made = add_adapters(made, peft_config, args=args)
     if args.disable_dropout:
@@ -92,6 +93,16 @@ def prepare_model(
         made.activation_checkpointing_enable(keywords or None, **own)
         made.enable_input_require_grads()
     return made
+
+
+def _warn_of_rounding(model: PreTrainedModel, args: ORPOConfig) -> None:
+    """Say so where weights of few digits are updated in place: an update of 1e-6 is lost in bfloat16."""
+    if training_dtype(args) == torch.float32 and model.dtype in (torch.bfloat16, torch.float16):
+        logger.warning(
+            "the weights are in %s, and neither bf16 nor fp16 is set: each update is rounded to that, and small ones "
+            "are lost. Set bf16=True, which keeps float32 weights beside them, or dtype='float32'",
+            str(model.dtype).removeprefix("torch."),
+        )
 
 
 def training_dtype(args: ORPOConfig) -> torch.dtype:

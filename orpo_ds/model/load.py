@@ -102,13 +102,23 @@ def load_processing(
 
 
 def use_chat_template(tokenizer: ProcessingClass, source: str) -> None:
-    """Take the chat template from a Jinja file, or from a tokenizer's folder or hub id."""
+    """Take the chat template from a Jinja file, or from a tokenizer's folder or hub id, without running its code.
+
+    Raises:
+        ValueError: there is neither, or the tokenizer has no chat template.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         tokenizer.chat_template = path.read_text()
         return
-    _check_path(source)
-    template = AutoTokenizer.from_pretrained(source).chat_template
+    try:
+        _check_path(source)
+        template = AutoTokenizer.from_pretrained(source, trust_remote_code=False).chat_template
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"chat_template_path={source!r} is no file (in {Path.cwd()}), and no tokenizer can be loaded from there: "
+            f"{error}"
+        ) from error
     if template is None:
         raise ValueError(f"chat_template_path={source!r}: that tokenizer has no chat template.")
     tokenizer.chat_template = template
@@ -179,4 +189,4 @@ def _check_path(name: str) -> None:
     path = Path(name).expanduser()
     if path.exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
         return
-    raise ValueError(f"model {name!r}: no such folder.{_nearest(path)}")
+    raise ValueError(f"{name!r}: no such folder.{_nearest(path)}")
