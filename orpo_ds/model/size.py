@@ -43,8 +43,10 @@ def measure(parts: ModelParts) -> ModelSize:
         count = numel(parameter)
         trainable += count if parameter.requires_grad else 0
         body += count * share if ".experts." in name else count
-    heads = config.num_attention_heads
-    head_size = config.head_dim if "head_dim" in config and config.head_dim else config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # a state-space model has none
+    head_size = (
+        config.head_dim if "head_dim" in config and config.head_dim else config.hidden_size // max(heads, 1)
+    )
     return ModelSize(
         body_parameters=int(body),
         head_parameters=numel(parts.head.weight),
