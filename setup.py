@@ -17,8 +17,10 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "orpo_ds/__init__.py").rea
 README = HERE / "README.md"
 
 DEMO = ["gguf>=0.17"]
+PLOT = ["matplotlib>=3.10"]  # orpo-ds plot
 TEST = [
     *DEMO,
+    *PLOT,
     "dashscope>=2.0",  # trl.experimental imports it
     "hypothesis>=6.100",
     "mistral-common>=1.13",  # Mistral's tokenizers in transformers
@@ -28,6 +30,7 @@ TEST = [
     "ruff>=0.17",
     "sentencepiece>=0.2",
     "setuptools>=77",  # builds flash-attn's CPU reference, with wheel
+    "tensorboard>=2.20",  # the dashboard of tests/monitor/test_report.py
     "tiktoken>=0.12",
     "trl==1.16.0",  # the other side of tests/parity and benchmarks/vs_trl.py
     "types-PyYAML",
@@ -54,6 +57,7 @@ setup(
         "deepspeed>=0.19.8",
         "ninja>=1.11",  # DeepSpeed compiles its CPU optimizer with it at the first use of offload
         "peft>=0.21",
+        "psutil>=6.0",
         "PyYAML>=6.0",
         "rich>=14.0",
         "safetensors>=0.6",
@@ -61,5 +65,5 @@ setup(
         "transformers>=5.23",
         "wandb>=0.31",
     ],
-    extras_require={"demo": DEMO, "test": TEST, "gpu": ["flash-attn>=2.8.3"]},
+    extras_require={"demo": DEMO, "plot": PLOT, "test": TEST, "gpu": ["flash-attn>=2.8.3"]},
 )

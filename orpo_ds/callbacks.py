@@ -8,13 +8,13 @@ from deepspeed.accelerator import get_accelerator
 from transformers import (
     DefaultFlowCallback,
     PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
 )
 
 from orpo_ds.config import ORPOConfig
+from orpo_ds.monitor.bars import TrainingProgress
 
 
 class EmptyDeviceCache(TrainerCallback):
@@ -43,4 +43,4 @@ def flow_callbacks(args: ORPOConfig) -> list[TrainerCallback]:
 
 def progress_callback(args: ORPOConfig) -> TrainerCallback:
     """The one that comes last: a progress bar, or plain lines with `disable_tqdm`."""
-    return PrinterCallback() if args.disable_tqdm else ProgressCallback()
+    return PrinterCallback() if args.disable_tqdm else TrainingProgress()

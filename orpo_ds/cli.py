@@ -61,14 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(words: Sequence[str]) -> None:
     """Train a model on preference pairs."""
     script, args = parse_train_arguments(words)
+    from orpo_ds.monitor.bars import of_libraries
     from orpo_ds.script_data import load_script_rows
     from orpo_ds.trainer import ORPOTrainer
 
-    rows = load_script_rows(
-        script,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        evaluates=args.do_eval or args.do_predict,
-    )
+    with of_libraries("Reading the dataset"):
+        rows = load_script_rows(
+            script,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            evaluates=args.do_eval or args.do_predict,
+        )
     trainer = ORPOTrainer(
         script.model_name_or_path,
         args,
@@ -110,10 +112,26 @@ def validate_words(words: Sequence[str]) -> list[str]:
     return named + rest
 
 
+def status(words: Sequence[str]) -> None:
+    """Show how a run stands: progress, metrics, checkpoint, error."""
+    from orpo_ds.monitor import status as command
+
+    command.main(words)
+
+
+def plot(words: Sequence[str]) -> None:
+    """Draw the curves of one or several runs."""
+    from orpo_ds.monitor import plot as command
+
+    command.main(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "validate": validate,
     "chat": chat,
+    "status": status,
+    "plot": plot,
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from orpo_ds import distributed
+from orpo_ds import distributed, progress
 from orpo_ds.data.truncate import TruncationMode
 from orpo_ds.settings.dropped import DROPPED, DroppedFields, defaults_of, take_dropped
 from orpo_ds.settings.table import refusal
@@ -33,6 +33,7 @@ NO_ZERO = {"zero_optimization": {"stage": 0}}  # what DeepSpeed does with a JSON
 LayoutName = Literal["auto", "packed", "padded"]
 UnusableRows = Literal["error", "drop"]
 RouterBalance = Literal["global_batch", "micro_step"]
+WandbRuns = Literal["job", "node"]
 
 
 @dataclass
@@ -167,6 +168,14 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A Jinja file, or a tokenizer folder, whose chat template is used."}
     )
+    log_gradients_by_layer: bool = field(
+        default=False,
+        metadata={"help": "Log the norm of each layer's gradient as `grad_norm_by_layer/<layer>`."},
+    )
+    wandb_runs: WandbRuns = field(
+        default="job",
+        metadata={"help": "job: one W&B run for the whole job; node: one for each node, in one group."},
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Move an earlier run in `output_dir` aside instead of refusing to start."},
@@ -189,6 +198,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
         if distributed.is_main():
             for warning in taken:
                 logger.warning(warning)
+        progress.show(distributed.is_main() and not self.disable_tqdm)
         use_cpu, self.use_cpu = (
             self.use_cpu,
             False,
@@ -215,6 +225,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             ("unusable_rows", UnusableRows),
             ("truncation_mode", TruncationMode),
             ("router_balance", RouterBalance),
+            ("wandb_runs", WandbRuns),
         ):
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:

@@ -26,6 +26,8 @@ from orpo_ds import distributed
 from orpo_ds.checkpoint import CheckpointSaveError, Ranks, job_ranks
 from orpo_ds.checkpoint.ranks import TogetherError, free_bytes, on_main
 from orpo_ds.data.processing import ProcessingClass
+from orpo_ds.monitor.bars import of_libraries
+from orpo_ds.progress import bar
 
 PARTIAL_NAME = ".tmp-model"
 MAX_SHARD_BYTES = 5 * 10**9  # what the hub recommends for a file
@@ -63,13 +65,14 @@ def save_pretrained(
     partial = target / PARTIAL_NAME
     is_adapter = hasattr(model, "peft_config")
     try:
-        on_main(ranks, lambda: _make_empty(partial))
-        rest = full_state(model) if is_adapter else {}
-        # Before the weights: transformers would take them for those of an earlier save and remove them.
-        on_main(ranks, lambda: _write_rest(model, partial, state=rest, tokenizer=tokenizer))
-        if not is_adapter:
-            _write_weights(model, partial, max_shard_bytes=max_shard_bytes, ranks=ranks)
-        return on_main(ranks, lambda: _publish(partial, target))
+        with of_libraries(f"Saving the model in {target}"):
+            on_main(ranks, lambda: _make_empty(partial))
+            rest = full_state(model) if is_adapter else {}
+            # Before the weights: transformers would take them for those of an earlier save and remove them.
+            on_main(ranks, lambda: _write_rest(model, partial, state=rest, tokenizer=tokenizer))
+            if not is_adapter:
+                _write_weights(model, partial, max_shard_bytes=max_shard_bytes, ranks=ranks)
+            return on_main(ranks, lambda: _publish(partial, target))
     except TogetherError as error:
         raise CheckpointSaveError(
             f"the model was not saved in {target}: {error} ({free_bytes(target):,} bytes are free there)"
@@ -88,7 +91,8 @@ def _write_weights(model: PreTrainedModel, folder: Path, *, max_shard_bytes: int
     """Gather the model layer by layer on all ranks, and write it on the main one."""
     shards = ShardWriter(folder, max_shard_bytes)
     failure: OSError | None = None
-    for layer in _layers(model):
+    layers = list(_layers(model))
+    for layer in bar(layers, total=len(layers), desc="Saving the model", unit="layer"):
         tensors = {name: _gathered(value) for name, value in layer.items()}
         if ranks.is_main and failure is None:
             try:

@@ -23,6 +23,7 @@ from orpo_ds.model.load import (
     reads_images,
     use_chat_template,
 )
+from orpo_ds.monitor.bars import of_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,13 @@ def prepare_model(
     if isinstance(model, str):
         dtype = keywords.pop("dtype", "auto")
         try:
-            made = load_model(
-                model,
-                dtype=training_dtype(args) if dtype in ("auto", None) else dtype,
-                trust_remote_code=args.trust_remote_code,
-                **keywords,
-            )
+            with of_libraries(f"Loading {model}"):
+                made = load_model(
+                    model,
+                    dtype=training_dtype(args) if dtype in ("auto", None) else dtype,
+                    trust_remote_code=args.trust_remote_code,
+                    **keywords,
+                )
         except OSError as error:
             raise ValueError(
                 f"model {model!r} cannot be loaded: {error}\n{not_here(model)}".rstrip()

@@ -18,6 +18,7 @@ from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.data.token_stream import TokenStream, read_whole
 from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
 from orpo_ds.model.load import embedding_rows
+from orpo_ds.monitor.bars import of_libraries
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -75,15 +76,16 @@ def prepare_dataset(
         cache = Path(args.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds")
         rows = read_whole(rows, folder=cache / "streamed")
     progress = not args.disable_tqdm
-    tokenized = tokenize_dataset(
-        rows,
-        processing_class=processing_class,
-        options=_options_for(args, model),
-        unusable=args.unusable_rows,
-        cache_dir=args.dataset_cache_dir,
-        num_proc=args.dataset_num_proc,
-        progress=progress,
-    )
+    with of_libraries("Tokenising"):
+        tokenized = tokenize_dataset(
+            rows,
+            processing_class=processing_class,
+            options=_options_for(args, model),
+            unusable=args.unusable_rows,
+            cache_dir=args.dataset_cache_dir,
+            num_proc=args.dataset_num_proc,
+            progress=progress,
+        )
     if progress and distributed.is_main():
         source = "read from" if tokenized.was_kept else "tokenised into"
         tqdm.write(f"{len(tokenized):,} token pairs {source} {tokenized.folder}", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
 
-from orpo_ds import distributed
+from orpo_ds import distributed, progress
 from orpo_ds.checkpoint import (
     CheckpointMetadata,
     CheckpointSaveError,
@@ -28,6 +28,7 @@ from orpo_ds.data.token_stream import TokenStream
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, release_gathered
 from orpo_ds.export import save_pretrained
+from orpo_ds.monitor.wandb import copy_run_id
 from orpo_ds.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class RunCheckpoints:
         self.store.clean_up()
         if source is not None:  # before minutes go into an engine that cannot use it
             check_resume(source, self._metadata(TrainerState(epoch=0.0)))
+            if distributed.is_main():
+                copy_run_id(source, args.run_dir)
         return source
 
     def _metadata(self, state: TrainerState) -> CheckpointMetadata:
@@ -122,6 +125,7 @@ class RunCheckpoints:
                 save_rank_state(folder, self.ranks)
             if distributed.is_main():
                 state.save_to_json(str(folder / TRAINER_STATE))
+                copy_run_id(self.args.run_dir, folder)
                 if isinstance(self._dataset, TokenStream):
                     position = self._dataset.position(state.global_step)
                     (folder / STREAM_POSITION).write_text(json.dumps(position))
@@ -129,7 +133,8 @@ class RunCheckpoints:
         try:
             own = checkpoint_bytes(engine.deepspeed, only_model=self.args.save_only_model)
             total = sum(self.ranks.all_gather(own))
-            path = self.store.save(write, self._metadata(state), estimated_bytes=total)
+            with progress.timed(f"Saving checkpoint-{state.global_step}"):
+                path = self.store.save(write, self._metadata(state), estimated_bytes=total)
         except CheckpointSaveError:
             state.best_model_checkpoint = earlier_best
             raise

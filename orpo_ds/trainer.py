@@ -36,9 +36,11 @@ from orpo_ds.layout import RunLayout, check_collator, choose_layout
 from orpo_ds.model.compiled import compile_backbone
 from orpo_ds.model.neftune import embedding_noise
 from orpo_ds.model.size import measure
+from orpo_ds.monitor.gradients import LayerGradients
 from orpo_ds.monitor.jsonl import MetricsFile
-from orpo_ds.monitor.report import reporting_callbacks
+from orpo_ds.monitor.report import failures_reported, log_table, reporting_callbacks, wants_final_model
 from orpo_ds.monitor.verbosity import set_verbosity
+from orpo_ds.monitor.wandb import FINAL_MODEL
 from orpo_ds.plan import Position, plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
@@ -127,7 +129,13 @@ class ORPOTrainer:
         self.callback_handler = CallbackHandler(
             [
                 *flow_callbacks(self.args),
-                *reporting_callbacks(self.args, output_dir=str(self.args.run_dir), facts=self._facts),
+                *reporting_callbacks(
+                    self.args,
+                    output_dir=str(self.args.run_dir),
+                    facts=self._facts,
+                    logging_dir=self.args.logging_dir,
+                    wandb_runs=self.args.wandb_runs,
+                ),
                 *callbacks,
                 progress_callback(self.args),
             ],
@@ -192,7 +200,7 @@ class ORPOTrainer:
             if source is not None:
                 self._restore(source)
             noise = embedding_noise(self.policy.parts, self.args.neftune_noise_alpha)
-            with self._layout.attention(), noise:
+            with self._layout.attention(), noise, failures_reported(self.callback_handler):
                 output = self._loop()
             self.publisher.finish(self.state)
         return output
@@ -202,8 +210,16 @@ class ORPOTrainer:
         state, position = self.state, self.position
         batches = training_batches(self.args, self.train_dataset)
         feed = self._layout.feed(self.train_dataset, max_tokens=self.args.micro_batch_tokens)
+        gradients = None
+        if self.args.log_gradients_by_layer:
+            gradients = LayerGradients(self._ready_engine().deepspeed, self.model)
+            self.add_callback(gradients)
         watch = Watch(
-            feed, measure(self.policy.parts), device=self.args.device, dtype=training_dtype(self.args)
+            feed,
+            measure(self.policy.parts),
+            device=self.args.device,
+            dtype=training_dtype(self.args),
+            gradients=gradients,
         )
         self._event("on_train_begin")
         if self.args.eval_on_start and state.global_step == 0:
@@ -232,6 +248,8 @@ class ORPOTrainer:
         summary = watch.summary()
         self._report(summary)
         self.checkpoints.finish(self._ready_engine(), state)
+        if wants_final_model(self.args.report_to):
+            self.save_model(str(self.args.run_dir / FINAL_MODEL))
         self._event("on_train_end")
         return TrainOutput(state.global_step, summary["train_loss"], summary)
 
@@ -292,6 +310,10 @@ class ORPOTrainer:
 
     def _entry(self, figures: dict[str, Any]) -> dict[str, Any]:
         return {"step": self.state.global_step, "epoch": self.state.epoch, **figures}
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table, such as answers of the model, on the dashboards that have tables, at the current step."""
+        log_table(self.callback_handler, self.state, name=name, columns=columns, rows=rows)
 
     def _advice(self, error: NonFiniteLossError) -> str:
         """Where to look and where to go on from, when the loss is not a number."""
@@ -542,6 +564,7 @@ class ORPOTrainer:
             "world_size": distributed.world_size(),
             "global_batch_size": self.args.global_batch_size,
             "zero_stage": self.args.zero_stage,
+            "deepspeed_config": self.args.hf_deepspeed_config.config,
             "layout": "packed" if self._chosen_layout and self._chosen_layout.packed else "padded",
         }
 

@@ -13,6 +13,7 @@ from orpo_ds.data.feed import Feed
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.model.size import ModelSize
 from orpo_ds.monitor.flops import UsefulFlops
+from orpo_ds.monitor.gradients import LayerGradients
 from orpo_ds.monitor.metrics import MetricSums, StepClock, mean_metrics, step_statistics
 from orpo_ds.monitor.peak import matmul_flops_per_second, peak_memory_mib
 from orpo_ds.step import StepOutcome
@@ -21,7 +22,15 @@ from orpo_ds.step import StepOutcome
 class Watch:
     """Collects what `metrics.jsonl` says about training steps. One collective a log, none a step."""
 
-    def __init__(self, feed: Feed, size: ModelSize, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        feed: Feed,
+        size: ModelSize,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        gradients: LayerGradients | None = None,
+    ) -> None:
         """Measure what the device's matrix products reach, for `useful_flops_fraction`. All ranks at once.
 
         Args:
@@ -29,8 +38,10 @@ class Watch:
             size: of the model.
             device: of the model.
             dtype: of the model's products.
+            gradients: of the layers, where they are to be logged.
         """
         self._device = device
+        self._gradients = gradients
         self._sums = MetricSums()
         self._real_tokens = self._slots = 0
         # How many random matrices the measurement draws depends on the time they take: the training's own random
@@ -83,6 +94,7 @@ class Watch:
             **mean_metrics(totals, steps=steps),
             **step_statistics(totals, steps=steps),
             "learning_rate": self._learning_rate,
+            **(self._gradients.figures() if self._gradients is not None else {}),
             "peak_memory_mib": distributed.max_over_ranks(peak).item(),
         }
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from transformers import PrinterCallback, ProgressCallback
 
 from tests import small_runs
 
@@ -18,14 +17,3 @@ def test_the_cache_is_emptied_every_so_many_steps(
     monkeypatch.setattr(get_accelerator(), "empty_cache", lambda: emptied.append(trainer.state.global_step))
     trainer.train()
     assert [step for step in emptied if step > 0] == steps  # DeepSpeed empties it before the first step
-
-
-@pytest.mark.parametrize("disable_tqdm", [True, False])
-def test_bar_or_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], disable_tqdm: bool) -> None:
-    trainer = small_runs.trainer(tmp_path / "run", disable_tqdm=disable_tqdm)
-    kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
-    assert kinds & {PrinterCallback, ProgressCallback} == {
-        PrinterCallback if disable_tqdm else ProgressCallback
-    }
-    trainer.train()
-    assert ("2/2" in capsys.readouterr().err) is not disable_tqdm

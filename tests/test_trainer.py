@@ -95,7 +95,7 @@ class TestTwoRanks:
     def test_each_rank_knows_its_place_and_one_reports(self, seen: dict[str, Any]) -> None:
         # accelerate calls every rank of a CPU job the only one: two W&B runs came of it.
         assert seen["quick_start"]["places"] == [(2, 0, 0), (2, 1, 1)]
-        assert seen["quick_start"]["reporters"] == [1, 0]
+        assert seen["quick_start"]["reporters"] == [2, 0]
 
     def test_by_name_or_by_object_is_the_same_training(self, seen: dict[str, Any]) -> None:
         named, loaded = seen["by_name"], seen["quick_start"]

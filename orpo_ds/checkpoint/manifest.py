@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from orpo_ds.checkpoint.ranks import Ranks, one_rank, together
+from orpo_ds.progress import Bar, bar
 from orpo_ds.redact import redact
 
 MANIFEST_NAME = "manifest.json"
@@ -200,7 +199,7 @@ def share_of_files(sized: dict[str, int], ranks: Ranks) -> list[str]:
     return share
 
 
-def seal_files(folder: Path, names: Iterable[str], progress: tqdm[Any]) -> dict[str, FileEntry]:
+def seal_files(folder: Path, names: Iterable[str], progress: Bar) -> dict[str, FileEntry]:
     """Flush files to the disk and hash what was written; raises OSError when the disk did not take it.
 
     A write can succeed into the page cache and fail on its way to the disk: `fsync` is where that error
@@ -214,7 +213,7 @@ def seal_files(folder: Path, names: Iterable[str], progress: tqdm[Any]) -> dict[
     return sealed
 
 
-def hash_file(path: Path, progress: tqdm[Any]) -> str:
+def hash_file(path: Path, progress: Bar) -> str:
     """sha256 of a file in hex, read in pieces of 16 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -224,11 +223,11 @@ def hash_file(path: Path, progress: tqdm[Any]) -> str:
     return digest.hexdigest()
 
 
-def hash_progress(title: str, sized: dict[str, int], ranks: Ranks) -> tqdm[Any]:
+def hash_progress(title: str, sized: dict[str, int], ranks: Ranks) -> Bar:
     """A progress bar over the bytes of this rank's share; shown on rank 0 when there is much to read."""
     own_bytes = sum(sized[name] for name in share_of_files(sized, ranks))
     hidden = not ranks.is_main or own_bytes < PROGRESS_FROM_BYTES
-    return tqdm(total=own_bytes, desc=title, unit="B", unit_scale=True, disable=hidden)
+    return bar(total=own_bytes, desc=title, unit="B", unit_scale=True, shown=not hidden)
 
 
 def sync_path(path: Path) -> None:

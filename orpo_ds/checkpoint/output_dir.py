@@ -20,7 +20,7 @@ RUN_PRODUCTS = (
     "all_results.json",
     "train_results.json",
     "eval_results.json",
-    "wandb_run.json",
+    "wandb_run*.json",
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*.bin*",

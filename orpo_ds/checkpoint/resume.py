@@ -50,13 +50,14 @@ HARMLESS_FIELDS = frozenset({
     "eval_strategy", "eval_use_gather_object", "fp16_full_eval", "greater_is_better", "hub_always_push",
     "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "ignore_data_skip",
     "include_for_metrics", "include_num_input_tokens_seen", "label_names", "length_column_name",
-    "load_best_model_at_end", "local_rank", "log_level", "log_level_replica", "log_on_each_node",
-    "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy",
+    "load_best_model_at_end", "local_rank", "log_gradients_by_layer", "log_level", "log_level_replica",
+    "log_on_each_node", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy",
     "metric_for_best_model", "output_dir", "overwrite_output_dir", "parallelism_config",
     "per_device_eval_batch_size", "prediction_loss_only", "project", "push_to_hub", "remove_unused_columns",
     "report_to", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name",
     "save_on_each_node", "save_only_model", "save_steps", "save_strategy", "save_total_limit",
     "skip_memory_metrics", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+    "wandb_runs",
 })
 # fmt: on
 

@@ -2,7 +2,8 @@
 
 W&B, TensorBoard and the others that transformers offers talk to servers and disks. Here each works in a thread of
 its own: the training puts an event into a queue and goes on. When a callback raises, this is said once and the
-training goes on; when it is so slow that its queue is full, events are dropped, which is also said once.
+training goes on; when it is so slow that its queue is full, events are dropped, which is also said once. What a
+callback copies from the settings has no token in it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from orpo_ds.redact import redact, redact_text
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +32,14 @@ class Background(TrainerCallback):
     """Put in front of a callback class, runs its events in a thread, in order.
 
     An event sees the trainer's state as it was when the event happened, though its lists go on growing.
+
+    Attributes:
+        end_seconds: how long the end of a training waits for what is not yet reported.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.end_seconds = END_SECONDS
         self._events: queue.Queue[Callable[[], object]] = queue.Queue(MAX_WAITING_EVENTS)
         self._thread: threading.Thread | None = None
         self._said: set[str] = set()
@@ -81,7 +88,26 @@ class Background(TrainerCallback):
         """Report the end, and wait until all is reported, within bounds."""
         self._post(super().on_train_end, args, state, control, kwargs)
         self._training_ended = True
+        self.drain(self.end_seconds)
+
+    def log_table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
+    ) -> None:
+        """Report a table, such as answers of the model, where the dashboard has tables."""
+        self._put(lambda: self.report_table(name, columns, rows, step=step))
+
+    def report_table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
+    ) -> None:
+        """Write a table, in the thread; a dashboard without tables has nothing to do."""
+
+    def on_failure(self, error: BaseException) -> None:
+        """Report that the training ended with `error`, and wait until all is reported, within bounds."""
+        self._put(lambda: self.report_failure(error))
         self.drain(END_SECONDS)
+
+    def report_failure(self, error: BaseException) -> None:
+        """Mark the run as failed, in the thread; a dashboard that does not know failures has nothing to do."""
 
     def drain(self, seconds: float) -> bool:
         """Wait until every event so far is reported, at most `seconds`; returns whether it is."""
@@ -91,6 +117,10 @@ class Background(TrainerCallback):
                 self._events.all_tasks_done.wait(left)
             return not self._events.unfinished_tasks
 
+    def as_reported(self, state: TrainerState) -> TrainerState:
+        """The state of this moment, as the callback may see it."""
+        return copy.copy(state)
+
     def _post(
         self,
         event: Callable[..., object],
@@ -99,9 +129,12 @@ class Background(TrainerCallback):
         control: TrainerControl,
         kwargs: dict[str, Any],
     ) -> None:
-        frozen, signals = copy.copy(state), copy.copy(control)
+        settings, frozen, signals = without_secrets(args), self.as_reported(state), copy.copy(control)
+        self._put(lambda: event(settings, frozen, signals, **kwargs))
+
+    def _put(self, event: Callable[[], object]) -> None:
         try:
-            self._events.put_nowait(lambda: event(args, frozen, signals, **kwargs))
+            self._events.put_nowait(event)
         except queue.Full:
             self._say_once("is too slow: what it cannot take is not reported there")
             return
@@ -109,7 +142,7 @@ class Background(TrainerCallback):
             self._thread = threading.Thread(target=self._work, name=type(self).__name__, daemon=True)
             self._thread.start()
         if self._training_ended:
-            self.drain(END_SECONDS)
+            self.drain(self.end_seconds)
 
     def _work(self) -> None:
         while True:
@@ -118,7 +151,7 @@ class Background(TrainerCallback):
                 event()
             # Whatever a dashboard's client raises, the training must not end for it.
             except Exception as error:  # noqa: BLE001
-                self._say_once(f"failed ({type(error).__name__}: {error})")
+                self._say_once(f"failed ({type(error).__name__}: {redact_text(str(error))})")
             finally:
                 self._events.task_done()
 
@@ -133,3 +166,10 @@ class Background(TrainerCallback):
 def in_background(callback: type[TrainerCallback]) -> type[TrainerCallback]:
     """The callback class with its events in a thread; still a subclass, so that it can be removed by its type."""
     return type(callback.__name__, (Background, callback), {"__doc__": callback.__doc__})
+
+
+def without_secrets(args: TrainingArguments) -> TrainingArguments:
+    """The settings whose `to_dict`, which every dashboard copies, masks more than what is called `..._token`."""
+    settings = copy.copy(args)
+    settings.to_dict = lambda: redact(args.to_dict())  # type: ignore[method-assign]
+    return settings

@@ -82,7 +82,7 @@ _LOGS: tuple[Claim, ...] = (
     Honoured(
         "disable_tqdm",
         "No progress bars, plain lines instead.",
-        "tests/test_callbacks.py::test_bar_or_lines",
+        "tests/test_progress.py::test_disable_tqdm_leaves_no_bar",
     ),
     Honoured(
         "include_num_input_tokens_seen",
@@ -95,10 +95,36 @@ _LOGS: tuple[Claim, ...] = (
 )
 
 _DASHBOARDS: tuple[Claim, ...] = (
-    Honoured("report_to", "W&B and all other dashboards of transformers, in the background.", ""),
-    Honoured("run_name", "Name of the run in the dashboards.", ""),
-    not_built("logging_dir", "a folder of one's own for TensorBoard"),
-    Honoured("project", "Of Trackio.", ""),
+    Honoured(
+        "report_to",
+        "W&B and all other dashboards of transformers, in the background; one that is not installed is an error.",
+        "tests/monitor/test_report.py::test_report_to_is_read_as_transformers_reads_it",
+    ),
+    Honoured(
+        "run_name",
+        "Name of the run in the dashboards.",
+        "tests/monitor/test_wandb.py::test_the_run_is_where_and_what_one_asked_for",
+    ),
+    Honoured(
+        "logging_dir",
+        "TensorBoard's folder, before `TENSORBOARD_LOGGING_DIR`. Unset: `runs/<time>` in `output_dir`.",
+        "tests/monitor/test_report.py::test_tensorboard_has_the_metrics_and_no_token",
+    ),
+    Honoured(
+        "wandb_runs",
+        "One W&B run for the job, or one for each node in one group.",
+        "tests/monitor/test_report.py::test_each_node_has_a_run_of_its_own",
+    ),
+    Honoured(
+        "log_gradients_by_layer",
+        "Adds `grad_norm_by_layer/<layer>`, exact under every ZeRO stage.",
+        "tests/monitor/test_gradients.py::test_one_rank_logs_autograds_norms",
+    ),
+    Honoured(
+        "project",
+        "Of W&B, unless `WANDB_PROJECT` is set, and of Trackio.",
+        "tests/monitor/test_wandb.py::test_the_run_is_where_and_what_one_asked_for",
+    ),
     Honoured("trackio_space_id", "Of Trackio.", ""),
     Honoured("trackio_bucket_id", "Of Trackio.", ""),
     Honoured("trackio_static_space_id", "Of Trackio.", ""),

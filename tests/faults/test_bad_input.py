@@ -6,10 +6,8 @@ All of it through `orpo_ds.cli.main` where a command line can ask for it; exit s
 
 import json
 import logging
-import os
 import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -395,15 +393,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(disk_of: Callable[[str], Path]) -> Path:
     """A file system with room for one checkpoint of the tiny model (1.5 MiB) and for the model (0.4 MiB)."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2400k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return disk_of("2400k")
 
 
 def test_a_disk_that_is_full_ends_nothing_before_the_last_save(

@@ -47,18 +47,25 @@ def key_of(item: Any) -> str:
 
 
 class OfflineRun:
-    """What an offline run recorded: its id, its config, and one dictionary a logged step."""
+    """What an offline run recorded: its id, its config, one dictionary a logged step, and how it ended."""
 
     def __init__(self, folder: Path) -> None:
         (path,) = folder.glob("*.wandb")
+        self.folder = folder
         self.id = ""
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.metric_axes: dict[str, str] = {}
+        self.record: Any = None  # of the run: its name, project, tags, notes and group
+        self.system: set[str] = set()  # names of the system metrics
+        self.alerts: list[tuple[str, str]] = []
+        self.artifacts: dict[str, list[str]] = {}  # files by the artifact's name
+        self.exit_code: int | None = None
         for record in read_records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.id = record.run.run_id
+                self.record = record.run
                 self._update(record.run.config)
             elif kind == "config":
                 self._update(record.config)
@@ -66,6 +73,15 @@ class OfflineRun:
                 self.history.append(
                     {key_of(item): json.loads(item.value_json) for item in record.history.item}
                 )
+            elif kind == "stats":
+                self.system |= {item.key for item in record.stats.item}
+            elif kind == "alert":
+                self.alerts.append((record.alert.title, record.alert.text))
+            elif kind == "artifact":
+                names = [entry.path for entry in record.artifact.manifest.contents]
+                self.artifacts.setdefault(record.artifact.name, []).extend(names)
+            elif kind == "exit":
+                self.exit_code = record.exit.exit_code
             elif kind == "metric":
                 self.metric_axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
 

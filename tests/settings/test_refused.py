@@ -49,7 +49,6 @@ VALUES: dict[str, Any] = {
     "length_column_name": "tokens",
     "log_level": "info",
     "log_level_replica": "info",
-    "logging_dir": "logs",
     "mp_parameters": "ddp=true",
     "optim_target_modules": "all-linear",
     "parallelism_config": ParallelismConfig(),

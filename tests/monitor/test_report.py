@@ -1,0 +1,95 @@
+"""What `report_to` starts, and what the dashboards without a file of their own are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerControl, TrainerState
+from transformers.integrations import integration_utils as integrations
+
+from orpo_ds.monitor.report import PACKAGES, check_report_to, node_run
+from orpo_ds.monitor.tensorboard import OrpoTensorBoardCallback
+from tests import small_runs
+
+TOKEN = "hf_FAKEFAKEFAKEFAKEFAKEFAKE"
+COLUMNS, ROWS = ["prompt", "answer"], [["2 + 2?", "four"], ["a | b\nc?", "yes"]]
+
+
+@pytest.mark.parametrize("wish", [None, "none", "all", "tensorboard", ["tensorboard", "wandb"], []])
+def test_report_to_is_read_as_transformers_reads_it(wish: Any) -> None:
+    theirs = integrations.get_reporting_integration_callbacks(wish)
+    assert [integrations.INTEGRATION_TO_CALLBACK[name] for name in check_report_to(wish)] == theirs
+
+
+def test_each_dashboard_of_transformers_has_its_package() -> None:
+    # Kubeflow needs no package: it is there where its variable is.
+    assert PACKAGES.keys() == integrations.INTEGRATION_TO_CALLBACK.keys() - {"kubeflow"}
+
+
+def test_an_unknown_dashboard_is_a_users_error() -> None:
+    with pytest.raises(ValueError, match=r"report_to='wandbb' is unknown. Use of: all, none, .*wandb"):
+        check_report_to("wandbb")
+
+
+def test_a_package_that_is_not_installed_is_a_users_error(tmp_path: Path) -> None:
+    assert not integrations.is_clearml_available(), "the test wants a package that is not installed"
+    with pytest.raises(ValueError, match=r"report_to='clearml': .*Run `pip install clearml`"):
+        small_runs.trainer(tmp_path / "run", report_to="clearml")
+
+
+def test_each_node_has_a_run_of_its_own() -> None:
+    # Two nodes, of three ranks and of two.
+    runs = [node_run([0, 1, 2, 0, 1], rank=rank, group="job-1") for rank in range(5)]
+    assert [run.node for run in runs] == ["node0"] * 3 + ["node1"] * 2
+    assert [run.is_main for run in runs] == [True] * 3 + [False] * 2
+    assert {run.group for run in runs} == {"job-1"}
+
+
+def test_tensorboard_has_the_metrics_and_no_token(tmp_path: Path) -> None:
+    board = tmp_path / "board"
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        report_to=["tensorboard"],
+        logging_dir=str(board),
+        run_name=TOKEN,  # the settings are copied as text
+        log_gradients_by_layer=True,
+        eval_dataset=small_runs.dataset(3),
+        eval_strategy="epoch",
+    )
+    trainer.train()
+    (callback,) = [item for item in trainer.callback_handler.callbacks if hasattr(item, "tb_writer")]
+    assert callback.drain(30)
+    events = EventAccumulator(str(board))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for ours, theirs in [("loss", "train/loss"), ("rewards/margins", "train/rewards/margins")]:
+        logged = {event.step: event.value for event in events.Scalars(theirs)}
+        assert logged == pytest.approx({line["step"]: line[ours] for line in lines if ours in line}, rel=1e-6)
+    (evaluation,) = [line for line in lines if "eval_loss" in line]
+    assert events.Scalars("eval/loss")[0].value == pytest.approx(evaluation["eval_loss"], rel=1e-6)
+    assert "train/grad_norm_by_layer/layers.1" in events.Tags()["scalars"]
+    for path in board.rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), f"the token is in {path}"
+
+
+def test_a_table_on_tensorboard_is_markdown(tmp_path: Path) -> None:
+    args = small_runs.settings(tmp_path / "run")
+    callback = OrpoTensorBoardCallback(str(tmp_path / "board"))
+    callback.on_train_begin(args, TrainerState(), TrainerControl())
+    callback.log_table("answers", COLUMNS, ROWS, step=7)
+    assert callback.drain(30)
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    (event,) = events.Tensors("answers/text_summary")
+    assert event.step == 7
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.splitlines() == [
+        "| prompt | answer |",
+        "| --- | --- |",
+        "| 2 + 2? | four |",
+        "| a \\| b<br>c? | yes |",
+    ]
