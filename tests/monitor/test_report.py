@@ -31,7 +31,7 @@ def test_each_dashboard_of_transformers_has_its_package() -> None:
 
 
 def test_an_unknown_dashboard_is_a_users_error() -> None:
-    with pytest.raises(ValueError, match=r"report_to='wandbb' is unknown. Use of: all, none, .*wandb"):
+    with pytest.raises(ValueError, match=r"report_to='wandbb' is not supported. Use of: all, none, .*wandb"):
         check_report_to("wandbb")
 
 
