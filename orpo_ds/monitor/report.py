@@ -74,7 +74,9 @@ def check_report_to(report_to: str | Sequence[str] | None) -> list[str]:
     known = integrations.INTEGRATION_TO_CALLBACK
     for name in names:
         if name not in known:
-            raise ValueError(f"report_to={name!r} is not supported. Use of: all, none, {', '.join(sorted(known))}.")
+            raise ValueError(
+                f"report_to={name!r} is not supported. Use of: all, none, {', '.join(sorted(known))}."
+            )
         is_available, package = PACKAGES.get(name, (lambda: True, name))
         if not is_available():
             raise ValueError(
