@@ -78,12 +78,14 @@ def train(words: Sequence[str]) -> None:
         eval_dataset=rows.test if args.do_eval else None,
         peft_config=_adapters(script),
     )
+    trainer.publisher.name_card(dataset_name=script.dataset_name)
     _train_and_save(trainer)
     if args.do_eval and args.eval_strategy == "no":  # otherwise the last step has evaluated
         trainer.evaluate()
     if args.do_predict:
         assert rows.test is not None
         trainer.log(trainer.predict(rows.test).metrics or {})
+    trainer.create_model_card()  # with the figures of the evaluation
 
 
 def chat(words: Sequence[str]) -> None:
@@ -245,6 +247,8 @@ def _train_and_save(trainer: ORPOTrainer) -> None:
             failures.append(str(error))
         except NonFiniteLossError as error:
             raise RunError(str(error)) from error
+    if trainer.publisher.failure is not None:
+        failures.append(trainer.publisher.failure)
     if failures:
         raise RunError("\n".join(failures))
 

@@ -82,6 +82,7 @@ class HubPushes:
         self._pushes: list[Push] = []
         self._count = 0
         self._said = False
+        self.failure: str | None = None  # of the last push that was to be waited for
 
     @property
     def repo_name(self) -> str:
@@ -183,9 +184,11 @@ class HubPushes:
 
     def push_or_say(self, push: Callable[[], object]) -> None:
         """Push; a hub that does not take it is an error in the log, and not the end of the user's script."""
+        self.failure = None
         try:
             push()
         except (HubPushError, CheckpointSaveError) as error:
+            self.failure = str(error)
             if self._ranks.is_main:
                 logger.error("%s", error)
 

@@ -55,6 +55,11 @@ class Publisher:
         self._hub = HubPushes(args, ranks=ranks)
         self._hub.open()
 
+    @property
+    def failure(self) -> str | None:
+        """Why the model as it was last saved is not on the hub; None where it is, or was not to be."""
+        return self._hub.failure
+
     def save(self, folder: Path, state: TrainerState) -> list[str]:
         """Write model and card into a folder; returns the names of the files that belong to the model.
 
@@ -124,6 +129,8 @@ class Publisher:
         tags: str | Iterable[str] | None = None,
     ) -> None:
         """Keep what the user says about model and data, for this card and the following."""
+        if dataset_name is not None and Path(dataset_name).exists():
+            dataset_name = Path(dataset_name).name  # where it lies on this disk is nobody's business
         self._model_name = model_name or self._model_name
         self._dataset_name = dataset_name or self._dataset_name
         if tags is not None:

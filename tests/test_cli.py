@@ -122,6 +122,19 @@ def test_trls_example_command(folder: Path) -> None:
     assert (folder / "out" / "checkpoint-1" / "manifest.json").is_file()
 
 
+def test_a_model_that_is_not_on_the_hub(folder: Path) -> None:
+    """The suite runs offline: training goes on, the model is saved, and the exit status says what is missing."""
+    answer = small_runs.run_cli(
+        small_runs.command_line(folder, push_to_hub=True, hub_strategy="end"), datasets_cache=folder / "hf"
+    )
+    assert answer.status == 1
+    assert "the model was not uploaded to 'run'" in answer.stderr
+    AutoModelForCausalLM.from_pretrained(folder / "run")
+    card = (folder / "run" / "README.md").read_text()
+    assert "trained on train.jsonl with ORPO" in card
+    assert str(folder) not in card
+
+
 def test_a_second_start_does_not_tokenise_again(folder: Path) -> None:
     first, second = (
         small_runs.run_cli(
