@@ -76,6 +76,11 @@ def build_engine(
         DebugUnderflowOverflow(
             policy
         )  # before DeepSpeed's own hooks, which empty ZeRO-3's parameters after a layer
+    if (config["zero_optimization"].get("offload_param") or {}).get("device") == "nvme":
+        # Left to `initialize`, a model that was made outside zero.Init is swapped in bf16 on every device that does
+        # not compute in fp16, whatever its dtype: `dtype or a if b else c` in partition_parameters.py. Told nothing
+        # about a dtype, zero.Init takes the JSON's. Parameters that are sharded already stay as they are.
+        deepspeed.zero.Init(module=policy, config_dict_or_path=config)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     wrapped, _, _, json_scheduler = deepspeed.initialize(
         model=policy, optimizer=optimizer, model_parameters=trainable, config=config

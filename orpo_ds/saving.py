@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from orpo_ds import distributed, progress
 from orpo_ds.checkpoint import (
@@ -72,6 +73,7 @@ class RunCheckpoints:
         args = self.args
         self._dataset = dataset
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        _refuse_state_on_a_drive(args, resume=bool(resume))
         source = resolve_resume(resume, args.run_dir, ranks=self.ranks) if resume else None
         claim_output_dir(
             args.run_dir,
@@ -231,3 +233,22 @@ class RunCheckpoints:
             load_engine(engine.deepspeed, best, scheduler=engine.scheduler)
         if self.args.save_total_limit == 1:
             self.store.prune(keep=[best], keep_newest=False)
+
+
+def _refuse_state_on_a_drive(args: ORPOConfig, *, resume: bool) -> None:
+    """DeepSpeed 0.19 writes an optimizer state that lies on a drive, and loads neither it nor the weights again.
+
+    It says nothing of it: the run would go on from the weights that it started with.
+    """
+    offload = args.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device")
+    saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
+    if offload == "nvme" and (resume or saves):
+        name = (
+            "resume_from_checkpoint"
+            if resume
+            else f"save_strategy={SaveStrategy(args.save_strategy).value!r}"
+        )
+        raise ValueError(
+            f"{name}: with zero_optimization.offload_optimizer on nvme, DeepSpeed does not restore what it saves. Set "
+            "save_only_model=True or save_strategy='no', or offload the optimizer to `cpu` to resume."
+        )
