@@ -85,7 +85,7 @@ def test_optim_args(tmp_path: Path, optim: str, words: str, reads: dict[str, Any
         ("adamw_torch", "momentum=0.9", "optim='adamw_torch' does not read 'momentum'"),
         ("sgd", "momentum=0.9,alpha=0.8", "optim='sgd' does not read 'alpha'"),
         ("sgd", "momentum", "write `key=value,key=value`"),
-        ("schedule_free_adamw", "rank=4", "optim='schedule_free_adamw' needs a package that is not here"),
+        ("stable_adamw", "rank=4", "optim='stable_adamw' needs a package that is not here"),
     ],
 )
 @pytest.mark.parametrize("offloaded", [False, True])
