@@ -93,6 +93,8 @@ def _fill_cache(folder: Path, count: int) -> None:
                 "chosen_start": PROMPT,
                 "rejected_start": PROMPT,
                 "trunk": PROMPT,
+                "image_tokens": 0,
+                "images": None,
                 "reason": None,
                 "detail": None,
             }
