@@ -76,7 +76,7 @@ def small_model(folder: Path) -> Path:
 
 def train(folder: Path, model: Path, rows: str, *, pairs: int) -> dict[str, float]:
     """Run the `train` command; the last line of its metrics."""
-    output = folder / f"{rows}-{pairs}"
+    output = Path(tempfile.mkdtemp(dir=folder))
     settings = {
         "model_name_or_path": model,
         "dataset_name": folder / rows,
