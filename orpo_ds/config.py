@@ -8,11 +8,10 @@ of `ORPOConfig` decides; a value that stands in both and disagrees is an error t
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -20,15 +19,11 @@ from transformers.training_args import OptimizerNames
 
 from orpo_ds import distributed, progress
 from orpo_ds.data.truncate import TruncationMode
-from orpo_ds.settings.dropped import DROPPED, DroppedFields, defaults_of, take_dropped
-from orpo_ds.settings.table import refusal
-from orpo_ds.shipped import shipped_folder
+from orpo_ds.deepspeed_json import read_deepspeed_config
+from orpo_ds.settings.checks import check_values
+from orpo_ds.settings.dropped import DROPPED, DroppedFields, take_dropped
 
 logger = logging.getLogger(__name__)
-
-PRESETS = shipped_folder("ds_configs")
-DEFAULT_PRESET = "zero2.json"
-NO_ZERO = {"zero_optimization": {"stage": 0}}  # what DeepSpeed does with a JSON that does not speak of ZeRO
 
 LayoutName = Literal["auto", "packed", "padded"]
 UnusableRows = Literal["error", "drop"]
@@ -184,7 +179,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     def __post_init__(self) -> None:
         """Check the values, settle the precision, join the process group, fill DeepSpeed's `auto` values."""
         taken = take_dropped(self)
-        self._check_values()
+        check_values(self)
         settings = read_deepspeed_config(self.deepspeed)
         self.deepspeed = settings
         self._settle_precision(settings)
@@ -199,15 +194,11 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             for warning in taken:
                 logger.warning(warning)
         progress.show(distributed.is_main() and not self.disable_tqdm)
-        use_cpu, self.use_cpu = (
-            self.use_cpu,
-            False,
-        )  # it would make accelerate start a process group of its own
+        use_cpu = self.use_cpu
+        self.use_cpu = False  # accelerate would start a process group of its own
         super().__post_init__()
         self.use_cpu = use_cpu
-        self.accelerator_config = (
-            None  # transformers has filled it with accelerate's defaults; nothing reads it
-        )
+        self.accelerator_config = None  # filled with accelerate's defaults by now, and nothing reads it
         self._refuse_mismatches()
 
     def _refuse_mismatches(self) -> None:
@@ -218,56 +209,6 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             raise ValueError(
                 f'the DeepSpeed JSON and ORPOConfig disagree:\n{lines}\nSet them alike, or write "auto" in the JSON.'
             )
-
-    def _check_values(self) -> None:
-        for name, kind in (
-            ("layout", LayoutName),
-            ("unusable_rows", UnusableRows),
-            ("truncation_mode", TruncationMode),
-            ("router_balance", RouterBalance),
-            ("wandb_runs", WandbRuns),
-        ):
-            value, allowed = getattr(self, name), get_args(kind)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
-        for name in (
-            "max_length",
-            "max_prompt_length",
-            "max_completion_length",
-            "max_tokens_per_micro_batch",
-            "dataset_shuffle_buffer",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        for name, default in defaults_of(self).items():
-            refused = refusal(name, getattr(self, name), default=default)
-            if refused is not None:
-                raise ValueError(refused)
-        if self.save_strategy == "best" and self.eval_strategy == "no":
-            raise ValueError("save_strategy='best' needs evaluations to choose by: set eval_strategy.")
-        if self.save_only_model and self.load_best_model_at_end:
-            raise ValueError(
-                "save_only_model=True and load_best_model_at_end=True exclude each other, as in transformers with "
-                "DeepSpeed: the engine loads its own state, which such checkpoints lack. Leave one of them out."
-            )
-        if self.use_cpu and torch.cuda.is_available():
-            raise ValueError(
-                "use_cpu=True on a machine with GPUs: libraries have chosen the device by now. Start the job with "
-                "CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu in its environment."
-            )
-        if self.local_rank not in (-1, distributed.local_rank()):
-            raise ValueError(
-                f"local_rank={self.local_rank}, but the launcher's LOCAL_RANK says {distributed.local_rank()}. "
-                "Leave it out."
-            )
-        if self.logits_cache_mib < 0:
-            raise ValueError(f"logits_cache_mib={self.logits_cache_mib} must not be negative.")
-        if self.beta < 0:
-            raise ValueError(f"beta={self.beta} must not be negative: it weighs the odds-ratio term.")
 
     def _settle_precision(self, settings: dict[str, Any]) -> None:
         """bf16 unset: what the DeepSpeed JSON says, else bf16 where the hardware multiplies it natively.
@@ -438,41 +379,4 @@ class ScriptArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get an adapter. Unset: PEFT's choice."}
-    )
-
-
-def read_deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The DeepSpeed settings as a new dict.
-
-    Args:
-        source: a dict, the path of a JSON file, the name of a shipped preset (`zero3_offload` or
-            `ds_configs/zero3_offload.json`), or None for ZeRO-2, which every model and machine supports.
-
-    Raises:
-        ValueError: no such file or preset, or not a JSON object.
-    """
-    if isinstance(source, dict):
-        return {**NO_ZERO, **json.loads(json.dumps(source))}
-    path = _find_preset(DEFAULT_PRESET if source is None else source)
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno} is not valid JSON ({error.msg}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{path}: expected a JSON object of DeepSpeed settings, found {type(config).__name__}."
-        )
-    return {**NO_ZERO, **config}
-
-
-def _find_preset(source: str) -> Path:
-    given = Path(source).expanduser()
-    candidates = [given, PRESETS / given.name, PRESETS / f"{given.name}.json"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    shipped = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.json")))
-    raise ValueError(
-        f"deepspeed={source!r}: no such file, and no such preset. Give the path of a DeepSpeed JSON, "
-        f"or one of the presets: {shipped}."
     )

@@ -12,7 +12,7 @@ import trl.experimental.orpo
 
 from orpo_ds import ORPOConfig
 from orpo_ds.cli import parse_train_arguments
-from orpo_ds.config import PRESETS, read_deepspeed_config
+from orpo_ds.deepspeed_json import PRESETS, read_deepspeed_config
 from tests.small_runs import settings
 
 DECIDED_OTHERWISE = {

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from orpo_ds.config import ORPOConfig, read_deepspeed_config
+from orpo_ds.config import ORPOConfig
+from orpo_ds.deepspeed_json import read_deepspeed_config
 from orpo_ds.engine import deepspeed_settings
 from orpo_ds.shipped import shipped_folder
 from tests.tiny_models import tiny_model

@@ -125,9 +125,14 @@ _DASHBOARDS: tuple[Claim, ...] = (
         "Of W&B, unless `WANDB_PROJECT` is set, and of Trackio.",
         "tests/monitor/test_wandb.py::test_the_run_is_where_and_what_one_asked_for",
     ),
-    Honoured("trackio_space_id", "Of Trackio.", ""),
-    Honoured("trackio_bucket_id", "Of Trackio.", ""),
-    Honoured("trackio_static_space_id", "Of Trackio.", ""),
+    *(
+        Honoured(
+            name,
+            "Of Trackio, whose callback is transformers' own; without `report_to='trackio'` an error.",
+            "tests/settings/test_checks.py::test_trackios_settings_need_trackio",
+        )
+        for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+    ),
 )
 
 _HUB: tuple[Claim, ...] = (
