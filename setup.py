@@ -18,6 +18,8 @@ README = HERE / "README.md"
 
 DEMO = ["gguf>=0.17"]
 PLOT = ["matplotlib>=3.10"]  # orpo-ds plot
+# Processors of Qwen-VL and SmolVLM read videos too, and cannot be made without what that takes.
+VISION = ["num2words>=0.5", "pillow>=10", "torchvision>=0.25"]
 TEST = [
     *DEMO,
     *PLOT,
@@ -25,6 +27,7 @@ TEST = [
     "hypothesis>=6.100",
     "mistral-common>=1.13",  # Mistral's tokenizers in transformers
     "mypy>=2.0",
+    "pillow>=10",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
@@ -65,5 +68,11 @@ setup(
         "transformers>=5.23",
         "wandb>=0.31",
     ],
-    extras_require={"demo": DEMO, "plot": PLOT, "test": TEST, "gpu": ["flash-attn>=2.8.3"]},
+    extras_require={
+        "demo": DEMO,
+        "gpu": ["flash-attn>=2.8.3"],
+        "plot": PLOT,
+        "test": TEST,
+        "vision": VISION,
+    },
 )

@@ -100,12 +100,11 @@ class RunLayout:
             )
         if images is not None:
             companion = dataset[images.companion]
-            prompt = companion.chosen[: companion.chosen_start]
             return lambda pairs, ids: pad_with_images(
                 pairs,
                 pair_ids=ids,
                 images=images,
-                companion=prompt,
+                companion=companion,
                 pad_token_id=pad_id,
                 nll_on_prompt=nll_on_prompt,
             )

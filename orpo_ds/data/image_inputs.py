@@ -3,8 +3,8 @@
     tokenising   prompt + images -> processor -> ids of the prompt, placeholders expanded     (kept)
     batch        prompt + images -> processor -> pixel_values, image_grid_thw, ...            (made again)
 
-The processor is deterministic, runs in the background thread that builds micro-batches, and must give the ids that were
-kept: an image file that has changed since is an error that names the row.
+The processor is deterministic and runs in the background thread that builds micro-batches. A hash of the pixels is kept
+with the ids: an image file that has changed since is an error that names the row.
 
 **Every micro-batch runs the vision tower.** A rank whose pairs have no image would skip it, and wait forever for the
 others, who gather its weights (ZeRO-3) or reduce its gradients. Such a micro-batch, an empty one too, gets one more
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from orpo_ds.data.images import split_images
+from orpo_ds.data.images import digest, split_images
 from orpo_ds.data.packing import MicroBatch, without_labels
 from orpo_ds.data.padding import pad
 from orpo_ds.data.preference import to_preference
@@ -64,12 +64,12 @@ class ImageInputs:
         having = np.flatnonzero(self.image_tokens)
         return int(having[np.argmin(self.image_tokens[having])])
 
-    def read(self, pairs: Sequence[int], prompts: Sequence[list[int]]) -> dict[str, Any]:
+    def read(self, pairs: Sequence[int], kept: Sequence[TokenPair]) -> dict[str, Any]:
         """What the processor makes of the images of these pairs, each with at least one.
 
         Args:
             pairs: dataset indices.
-            prompts: ids of each pair that begin with the prompt.
+            kept: the pairs themselves, which know a hash of their images.
 
         Returns:
             Model inputs; their first dimension runs over images or pairs, in order. Under one of TOKEN_TYPES an
@@ -80,32 +80,21 @@ class ImageInputs:
         """
         numbers = [int(self.row_numbers[pair]) for pair in pairs]
         texts, images = [], []
-        for number in numbers:
+        for number, pair in zip(numbers, kept, strict=True):
             row, found = split_images(self.rows[number], row_number=number)
-            texts.append(to_preference(row, processing_class=self.processor, row_number=number).prompt)
-            images.append(found)
-        outputs = process(texts, images, processor=self.processor, row_numbers=numbers, tensors=True)
-        for number, now, kept in zip(numbers, outputs["input_ids"], prompts, strict=True):
-            if not self._agree(now, kept):
+            if digest(found) != pair.images:
                 raise ValueError(
                     f"row {number}: its images are not those that were tokenised. Has a file been changed since? Clear "
                     "dataset_cache_dir and start again"
                 )
+            texts.append(to_preference(row, processing_class=self.processor, row_number=number).prompt)
+            images.append(found)
+        outputs = process(texts, images, processor=self.processor, row_numbers=numbers, tensors=True)
         return {name: value for name, value in outputs.items() if name not in TEXT_OUTPUTS}
 
     def token_types(self, input_ids: Tensor) -> Tensor:
         """1 for a token that stands for an image and 0 for text, int64 [B, S]."""
         return torch.tensor(self.processor.create_mm_token_type_ids(input_ids.tolist()))
-
-    def _agree(self, now: list[int], kept: list[int]) -> bool:
-        """Whether two prompts hold the same images at the same places; one may have a BOS token before it."""
-        places_now, places_kept = self._places(now), self._places(kept)
-        if len(places_now) != len(places_kept):
-            return False
-        return len(set((places_kept - places_now).tolist())) == 1
-
-    def _places(self, ids: list[int]) -> NDArray[np.int64]:
-        return np.flatnonzero(np.isin(np.asarray(ids), self.token_ids))
 
 
 def pad_with_images(
@@ -113,7 +102,7 @@ def pad_with_images(
     *,
     pair_ids: Sequence[int],
     images: ImageInputs,
-    companion: Sequence[int],
+    companion: TokenPair,
     pad_token_id: int,
     nll_on_prompt: bool,
 ) -> MicroBatch:
@@ -125,7 +114,7 @@ def pad_with_images(
         pairs: the pairs.
         pair_ids: dataset index of every pair.
         images: of the dataset.
-        companion: ids of the prompt of `images.companion`.
+        companion: the pair `images.companion`.
         pad_token_id: see `pad`.
         nll_on_prompt: see `pad`.
     """
@@ -135,13 +124,13 @@ def pad_with_images(
         pair_ids=pair_ids,
         pad_token_id=pad_token_id,
         nll_on_prompt=nll_on_prompt,
-        companion=None if seeing else companion,
+        companion=None if seeing else companion.chosen[: companion.chosen_start],
     )
     if seeing:
-        inputs = images.read([pair_ids[place] for place in seeing], [pairs[place].chosen for place in seeing])
+        inputs = images.read([pair_ids[place] for place in seeing], [pairs[place] for place in seeing])
         inputs = {name: _twice(value) for name, value in inputs.items()}
     else:
-        inputs = images.read([images.companion], [list(companion)])
+        inputs = images.read([images.companion], [companion])
     for name in TOKEN_TYPES:
         if name in inputs:
             inputs[name] = images.token_types(batch.input_ids)

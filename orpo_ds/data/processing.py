@@ -43,7 +43,9 @@ def processing_hash(processing_class: ProcessingClass) -> str:
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if isinstance(processing_class, ProcessorMixin):
-        digest.update(processing_class.to_json_string().encode())
+        import PIL  # decodes the images, and not every release to the same bits
+
+        digest.update(processing_class.to_json_string().encode() + PIL.__version__.encode())
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         # The last call leaves its truncation and padding in the tokenizer; they are no part of what it is.
         rules = copy.deepcopy(tokenizer.backend_tokenizer)

@@ -76,7 +76,7 @@ _ORPO: tuple[Claim, ...] = (
     Honoured(
         "chat_template_path",
         "A Jinja file, or the folder of a tokenizer.",
-        "tests/faults/test_bad_input.py::test_tokenizer_without_chat_template",
+        "tests/model/test_load.py::test_the_chat_template_of_a_path_is_used",
     ),
     Honoured(
         "dataset_num_proc",

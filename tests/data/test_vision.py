@@ -178,7 +178,7 @@ def test_both_rows_of_a_pair_have_its_pictures(family: str, tmp_path: Path) -> N
         [dataset[index] for index in pairs],
         pair_ids=pairs,
         images=dataset.images,
-        companion=[],
+        companion=dataset[dataset.images.companion],
         pad_token_id=0,
         nll_on_prompt=True,
     )
@@ -209,7 +209,7 @@ def test_a_companion_brings_pictures_and_no_targets(pairs: list[int], tmp_path: 
         [dataset[index] for index in pairs],
         pair_ids=pairs,
         images=images,
-        companion=companion.chosen[: companion.chosen_start],
+        companion=companion,
         pad_token_id=0,
         nll_on_prompt=True,
     )
@@ -223,17 +223,19 @@ def test_a_companion_brings_pictures_and_no_targets(pairs: list[int], tmp_path: 
 
 
 def test_a_picture_that_changed_since_is_an_error(tmp_path: Path) -> None:
-    """Its features would not fit the tokens that were kept; the row is named."""
+    """One pixel is enough, of which the tokens know nothing; the row is named."""
     files = [tmp_path / f"{number}.png" for number in range(2)]
     for number, file in enumerate(files):
         vision.picture(number).resize((12, 12)).save(file)
     rows = [{**row, "images": [str(file)]} for row, file in zip(vision.rows(2), files, strict=True)]
     dataset = _tokenize(rows, tmp_path / "cache", "qwen2_vl")
     assert dataset.images is not None
-    assert dataset.images.read([1], [dataset[1].chosen])
-    vision.picture(1).resize((28, 24)).save(files[1])
+    assert dataset.images.read([1], [dataset[1]])
+    changed = vision.picture(1).resize((12, 12))
+    changed.putpixel((3, 4), (1, 2, 3))
+    changed.save(files[1])
     with pytest.raises(ValueError, match="row 1: its images are not those that were tokenised"):
-        dataset.images.read([1], [dataset[1].chosen])
+        dataset.images.read([1], [dataset[1]])
 
 
 def test_the_image_settings_are_in_the_cache_key(tmp_path: Path) -> None:
