@@ -161,6 +161,8 @@ class HubPushes:
             if strategy in names:
                 on_main(self._ranks, lambda: _link(checkpoint, snapshot / names[strategy]))
         except (CheckpointSaveError, TogetherError) as error:
+            if self._ranks.is_main:
+                shutil.rmtree(snapshot, ignore_errors=True)
             self._say_once(error)
             return
         message = f"Training in progress, step {step}"

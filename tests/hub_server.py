@@ -22,7 +22,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -30,67 +30,13 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.environment import without_rendezvous
+from tests.hub_repo import Commit, HubError, Repo, paths_info, read_folder, tree, upload_modes
 
 USER = "user"
 # The shape of a real token, so that what redacts by shape is tested too.
 TOKEN = "hf_TestsOwnTokenThatNobodyElseHas00"
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".arrow", ".parquet", ".gz", ".zip")
-LFS_FROM_BYTES = 10 * 2**20
 DATE = "2026-01-01T00:00:00.000Z"
-HOLD_SECONDS = (
-    240.0  # of a request that a test holds back: a test that never lets go fails, and does not hang
-)
-
-
-class HubError(Exception):
-    """An answer other than 200, as the hub words it."""
-
-    def __init__(self, status: int, message: str, *, code: str = "", **details: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.details = status, code, details
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A state of a repository."""
-
-    oid: str
-    message: str
-    files: Mapping[str, bytes]
-
-
-@dataclass
-class Repo:
-    """A model or a dataset: its branches, each a list of commits, oldest first."""
-
-    kind: str
-    name: str
-    private: bool = False
-    branches: dict[str, list[Commit]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Begin with the empty commit that the hub makes."""
-        self.branches["main"] = [Commit(_sha1(f"{self.kind}{self.name}".encode()), "initial commit", {})]
-
-    def commit_of(self, revision: str) -> Commit:
-        """The commit that a branch's name or a commit's oid stands for."""
-        if revision in self.branches:
-            return self.branches[revision][-1]
-        for commits in self.branches.values():
-            for commit in commits:
-                if commit.oid == revision:
-                    return commit
-        raise HubError(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
-
-    def commit(self, branch: str, files: Mapping[str, bytes], *, message: str) -> Commit:
-        """Put a state of the files on top of a branch."""
-        if branch not in self.branches:
-            raise HubError(404, f"Invalid rev id: {branch}", code="RevisionNotFound")
-        content = "".join(f"{path} {_sha1(data)}\n" for path, data in sorted(files.items()))
-        parent = self.branches[branch][-1].oid
-        made = Commit(_sha1(f"{parent}{message}{content}".encode()), message, dict(files))
-        self.branches[branch].append(made)
-        return made
+HOLD_SECONDS = 240.0  # of a commit that a test holds back: one that never lets go fails, and does not hang
 
 
 @dataclass(frozen=True)
@@ -164,7 +110,7 @@ class HubServer:
 
     def add_model(self, name: str, folder: str | Path, *, revision: str = "main") -> Commit:
         """Put a folder's files on a branch (made if new) of a model repository; returns the commit."""
-        return self._add("model", name, _read_folder(Path(folder)), revision)
+        return self._add("model", name, read_folder(Path(folder)), revision)
 
     def add_dataset(self, name: str, files: Mapping[str, bytes], *, revision: str = "main") -> Commit:
         """Put files on a branch (made if new) of a dataset repository; a README.md with `configs` names them."""
@@ -243,10 +189,10 @@ class HubServer:
                 return self._info(repo, repo.commit_of(words[1] if words else "main"))
             case "GET", ["tree", revision, *path]:
                 recursive = query.get("recursive", ["false"])[0].lower() == "true"
-                return _tree(repo.commit_of(revision), "/".join(path), recursive=recursive)
+                return tree(repo.commit_of(revision), "/".join(path), recursive=recursive)
             case "POST", ["paths-info", revision]:
                 asked = _form_or_json(request.body).get("paths", [])
-                return _paths_info(repo.commit_of(revision), asked)
+                return paths_info(repo.commit_of(revision), asked)
             case "GET", ["refs"]:
                 branches = [
                     {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commits[-1].oid}
@@ -261,7 +207,7 @@ class HubServer:
                 return {}
             case "POST", ["preupload", revision]:
                 self._writer(request)
-                return _upload_modes(repo.commit_of(revision), json.loads(request.body)["files"])
+                return upload_modes(repo.commit_of(revision), json.loads(request.body)["files"])
             case "POST", ["commit", revision]:
                 return self._commit(request, repo, revision)
         raise HubError(404, f"this hub does not answer {request.method} {request.path}")
@@ -365,76 +311,12 @@ class HubServer:
         }
 
 
-def _sha1(data: bytes) -> str:
-    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
-
-
-def _is_lfs(path: str, size: int) -> bool:
-    return path.endswith(LFS_SUFFIXES) or size >= LFS_FROM_BYTES
-
-
-def _blob_oid(data: bytes) -> str:
-    return _sha1(b"blob %d\0" % len(data) + data)
-
-
-def _read_folder(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def _take_name(words: list[str]) -> tuple[str, list[str]]:
     return "/".join(words[:2]), words[2:]
 
 
 def _form_or_json(body: bytes) -> dict[str, Any]:
     return json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
-
-
-def _file_entry(path: str, data: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": _blob_oid(data)}
-    if _is_lfs(path, len(data)):
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-    return entry
-
-
-def _folders(commit: Commit) -> set[str]:
-    return {str(parent) for path in commit.files for parent in Path(path).parents if str(parent) != "."}
-
-
-def _folder_entry(path: str) -> dict[str, Any]:
-    return {"type": "directory", "path": path, "size": 0, "oid": _sha1(path.encode())}
-
-
-def _tree(commit: Commit, folder: str, *, recursive: bool) -> list[dict[str, Any]]:
-    if folder and folder not in _folders(commit):
-        raise HubError(404, f"Entry not found: {folder}", code="EntryNotFound")
-
-    def inside(path: str) -> bool:
-        rest = path.removeprefix(f"{folder}/" if folder else "")
-        return (not folder or path.startswith(f"{folder}/")) and (recursive or "/" not in rest)
-
-    entries = [_folder_entry(path) for path in sorted(_folders(commit)) if inside(path)]
-    return entries + [_file_entry(path, data) for path, data in sorted(commit.files.items()) if inside(path)]
-
-
-def _paths_info(commit: Commit, paths: list[str]) -> list[dict[str, Any]]:
-    files = [_file_entry(path, commit.files[path]) for path in paths if path in commit.files]
-    return files + [_folder_entry(path) for path in paths if path in _folders(commit)]
-
-
-def _upload_modes(commit: Commit, files: list[dict[str, Any]]) -> Any:
-    answers = []
-    for wanted in files:
-        path, existing = wanted["path"], commit.files.get(wanted["path"])
-        mode = "lfs" if _is_lfs(path, wanted["size"]) else "regular"
-        oid = None
-        if existing is not None:
-            oid = hashlib.sha256(existing).hexdigest() if mode == "lfs" else _blob_oid(existing)
-        answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-    return {"files": answers}
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
