@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orpo_ds.checkpoint.ranks import Ranks, TogetherError, on_main
 from orpo_ds.model_card import CARD_NAME, is_own_card
+from orpo_ds.monitor.run_state import RUN_STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def _claim_on_main(output_dir: Path, overwrite_output_dir: bool) -> None:
         )
     previous = output_dir / f"previous-{datetime.now():%Y%m%d-%H%M%S-%f}"
     previous.mkdir()
-    for path in found:
+    state = output_dir / RUN_STATE_FILE  # alone, it is a run that left nothing, and no reason to refuse
+    for path in [*found, *([state] if state.exists() else [])]:
         path.rename(previous / path.name)
     logger.warning("moved the results of an earlier run to %s", previous)

@@ -21,7 +21,7 @@ class Honoured:
     Attributes:
         name: of the field.
         says: what it does here, as far as its name does not tell.
-        test: `path::name` of the test that shows its effect; empty while it is still owed.
+        test: `path::name` of the test that shows its effect.
         refuses: single values that are refused all the same, with the reason and what to use instead.
     """
 

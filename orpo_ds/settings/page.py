@@ -44,8 +44,9 @@ def _kind(claim: Claim) -> str:
 
 def _line(claim: Claim) -> str:
     path, _, name = claim.test.partition("::")
-    shown = f"[{name}](../{path})" if path else "owed"
-    return f"| `{claim.name}` | {_kind(claim)} | {_what(claim)} | {shown} |".replace("|  |", "| |")
+    return f"| `{claim.name}` | {_kind(claim)} | {_what(claim)} | [{name}](../{path}) |".replace(
+        "|  |", "| |"
+    )
 
 
 def _what(claim: Claim) -> str:
