@@ -99,6 +99,23 @@ def test_any_place_is_found_again(files: IterableDataset, kind: str) -> None:
         assert take(another, read - place) == seen[place:]
 
 
+def test_it_goes_to_a_place_without_reading_up_to_it(files: IterableDataset) -> None:
+    read: list[str] = []
+
+    def noted(row: dict[str, Any]) -> dict[str, Any]:
+        read.append(row["chosen"])
+        return row
+
+    rows = stream(files.map(noted))
+    take(rows, 3 * BLOCK + 1)
+    position, expected = rows.position, take(rows, 2)
+    read.clear()
+    another = stream(files.map(noted))
+    another.seek(position)
+    assert take(another, 2) == expected
+    assert set(read) <= {f"good {number}" for number in range(3 * BLOCK, 4 * BLOCK + 1)}
+
+
 def test_other_rows_than_before_are_found_out() -> None:
     rows = stream(from_generator())
     take(rows, BLOCK + 2)

@@ -85,6 +85,7 @@ def test_the_batches_do_not_depend_on_the_ranks(world_size: int) -> None:
             taken = [pair for batch in micro_batches for pair in batch.pair_ids]
             assert taken == [pair for group in plan.micro_batches for pair in group]
             dealt[step] += [own.row_numbers[pair] for pair in taken]
+        assert own.row_numbers == {}, "what was trained on is let go"
     assert [sorted(step) for step in dealt] == [sorted(step) for step in expected]
 
 
