@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 import datasets
 from datasets import Dataset, IterableDataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from orpo_ds import distributed
@@ -19,6 +18,7 @@ from orpo_ds.data.token_stream import TokenStream, read_whole
 from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
 from orpo_ds.model.load import embedding_rows
 from orpo_ds.monitor.bars import of_libraries
+from orpo_ds.progress import is_shown
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -75,7 +75,6 @@ def prepare_dataset(
     if isinstance(rows, IterableDataset):
         cache = Path(args.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "orpo_ds")
         rows = read_whole(rows, folder=cache / "streamed")
-    progress = not args.disable_tqdm
     with of_libraries("Tokenising"):
         tokenized = tokenize_dataset(
             rows,
@@ -84,11 +83,10 @@ def prepare_dataset(
             unusable=args.unusable_rows,
             cache_dir=args.dataset_cache_dir,
             num_proc=args.dataset_num_proc,
-            progress=progress,
         )
-    if progress and distributed.is_main():
+    if is_shown():
         source = "read from" if tokenized.was_kept else "tokenised into"
-        tqdm.write(f"{len(tokenized):,} token pairs {source} {tokenized.folder}", file=sys.stderr)
+        print(f"{len(tokenized):,} token pairs {source} {tokenized.folder}", file=sys.stderr, flush=True)
     return tokenized
 
 

@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm.auto import tqdm
 from transformers import AutoConfig, ProcessorMixin
 
 from orpo_ds.config import ORPOConfig, ScriptArguments
@@ -21,7 +21,9 @@ from orpo_ds.data.report import LENGTHS, DataReport, examine
 from orpo_ds.data.tokenize import check_images
 from orpo_ds.data.truncate import TokenizeOptions, TokenPair
 from orpo_ds.model.load import load_processing, reads_images, use_chat_template
+from orpo_ds.monitor.bars import of_libraries
 from orpo_ds.prepare_data import tokenize_options
+from orpo_ds.progress import bar
 from orpo_ds.script_data import load_script_rows
 
 logger = logging.getLogger(__name__)
@@ -47,19 +49,21 @@ def validate(script: ScriptArguments, args: ORPOConfig, *, console: Console | No
     console = Console(highlight=False) if console is None else console
     processing_class, options = _tokenizing(script, args)
     seed = args.seed if args.data_seed is None else args.data_seed
-    rows = load_script_rows(script, seed=seed, evaluates=False).train
+    with of_libraries("Reading the dataset"):
+        rows = load_script_rows(script, seed=seed, evaluates=False).train
     columns = rows.column_names or list(next(iter(rows)))
     check_columns(columns)
     processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
     check_images(columns, processor=processor, options=options)
     wanted = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *IMAGE_COLUMNS)
     known = [name for name in columns if name in wanted]
-    report = DataReport()
-    total = None if not hasattr(rows, "__len__") else len(rows)
-    with tqdm(total=total, desc="Tokenising", unit=" rows", leave=False, disable=args.disable_tqdm) as bar:
+    report, done = DataReport(), 0
+    total = len(rows) if isinstance(rows, Dataset) else 0  # a stream's bar counts up
+    with bar(total=total, desc="Tokenising", unit=" rows") as tokenising:
         source: Rows = rows.select_columns(known).with_format(None)
         for report in examine(source, processing_class=processing_class, options=options):
-            bar.update(report.rows - bar.n)
+            tokenising.update(report.rows - done)
+            done = report.rows
     _print_rows(report, console, columns=(known, [name for name in columns if name not in known]))
     if report.usable:
         _print_lengths(report, console, options=options)

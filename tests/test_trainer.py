@@ -123,6 +123,8 @@ class TestTwoRanks:
         )
         assert together == pytest.approx(apart, rel=TOLERANCE)
         assert len(together) == TRAINED_STEPS
+        # Shards of one's own for each rank would make batches of nobody's.
+        assert all("the ranks do not read the same rows" in said for said in seen["streamed"]["messages"])
 
     def test_ranks_log_the_same(self, seen: dict[str, Any]) -> None:
         first, second = seen["model_steps_of_all_ranks"]

@@ -123,7 +123,12 @@ def streamed(folder: Path) -> dict[str, Any]:
     settings = small_runs.settings(folder / "streamed", **SETTINGS)
     trainer = ORPOTrainer(str(folder / "model"), settings, train_dataset=stream())
     trainer.train()
-    return {"history": trainer.state.log_history}
+    try:
+        ORPOTrainer(str(folder / "model"), settings, train_dataset=stream().skip(distributed.rank()))
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    return {"history": trainer.state.log_history, "messages": distributed.gather_objects(message)}
 
 
 def stream() -> IterableDataset:

@@ -18,8 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from typing import Any, Literal
 import datasets
 import tokenizers
 import transformers
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from orpo_ds.data.image_inputs import ImageInputs
@@ -148,7 +146,6 @@ def tokenize_dataset(
     unusable: Literal["error", "drop"],
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
-    progress: bool = True,
 ) -> TokenDataset:
     """Tokenise all rows, or open what an earlier start made of them.
 
@@ -164,7 +161,6 @@ def tokenize_dataset(
             count them by reason.
         cache_dir: where to keep the result; default `orpo_ds` inside the cache of `datasets`.
         num_proc: processes to tokenise with.
-        progress: show a bar while tokenising; of processes that start together, the one that tokenises does.
 
     Raises:
         ValueError: no rows, no such columns, unusable rows under "error", no usable row at all, no chat
@@ -206,27 +202,13 @@ def tokenize_dataset(
         except UnicodeDecodeError as error:  # Arrow takes any bytes for text until they are read
             raise ValueError(f"the dataset has text that is not UTF-8: {error}. Convert its files") from error
 
-    with _progress_bars(progress):
-        tokenized = build_once(entry, tokenize_into)
+    tokenized = build_once(entry, tokenize_into)
     _report_unusable(tokenized, unusable=unusable, num_rows=len(rows))
     if processor is not None and tokenized.lengths.image_tokens.any():
         tokenized.images = ImageInputs(
             rows, tokenized.row_numbers, tokenized.lengths.image_tokens, processor=processor
         )
     return tokenized
-
-
-@contextmanager
-def _progress_bars(wanted: bool) -> Iterator[None]:
-    """`Dataset.map` shows its bar unless all bars of `datasets` are off."""
-    if wanted or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def check_images(
