@@ -47,6 +47,7 @@ from orpo_ds.predictions import Preprocess
 from orpo_ds.prepare import prepare_model, prepare_processing, training_dtype
 from orpo_ds.prepare_data import Rows, prepare_dataset, prepare_training_set
 from orpo_ds.publish import Publisher
+from orpo_ds.rehearsal import feed_that_fits
 from orpo_ds.saving import RunCheckpoints
 from orpo_ds.step import NonFiniteLossError, train_step
 from orpo_ds.watch import Watch
@@ -221,6 +222,8 @@ class ORPOTrainer:
             dtype=training_dtype(self.args),
             gradients=gradients,
         )
+        if self.args.auto_find_batch_size:
+            feed = feed_that_fits(self._ready_engine(), feed, args=self.args)
         self._event("on_train_begin")
         if self.args.eval_on_start and state.global_step == 0:
             self.evaluate(ignore_keys=self._ignore_keys)

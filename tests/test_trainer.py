@@ -22,7 +22,7 @@ from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import pad_pairs, reference_step
 from tests.parity.tokenizer import tiny_tokenizer
 from tests.test_evaluation import evaluation_errors
-from tests.trainer_worker import BATCH_SIZES, LORA, TRAINED_STEPS, stream
+from tests.trainer_worker import BATCH_SIZES, LORA, TOKENS_THAT_FIT, TRAINED_STEPS, stream
 from tests.trainer_worker import SETTINGS as WORKER_SETTINGS
 
 TOLERANCE = 1e-5  # fp32 sums in another order, against float64
@@ -125,6 +125,13 @@ class TestTwoRanks:
         assert len(together) == TRAINED_STEPS
         # Shards of one's own for each rank would make batches of nobody's.
         assert all("the ranks do not read the same rows" in said for said in seen["streamed"]["messages"])
+
+    def test_ranks_find_micro_batches_that_fit_together(self, seen: dict[str, Any]) -> None:
+        part = seen["fitted"]
+        assert min(part["widest"]) > TOKENS_THAT_FIT, "it never ran out of memory"
+        assert max(part["after"]) <= TOKENS_THAT_FIT
+        losses, named = ([line["loss"] for line in seen[name]["history"]] for name in ("fitted", "by_name"))
+        assert losses == pytest.approx(named, rel=TOLERANCE)
 
     def test_ranks_log_the_same(self, seen: dict[str, Any]) -> None:
         first, second = seen["model_steps_of_all_ranks"]

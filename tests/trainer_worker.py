@@ -23,6 +23,7 @@ from tests import small_runs
 
 TRAINED_STEPS = 3
 EVAL_PAIRS = 11
+TOKENS_THAT_FIT = 130
 BATCH_SIZES = (1, 3, 8)
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 SETTINGS: dict[str, Any] = {
@@ -148,6 +149,32 @@ def blow_up(folder: Path) -> dict[str, Any]:
     return {"messages": distributed.gather_objects(message)}
 
 
+def fitted(folder: Path) -> dict[str, Any]:
+    """A model that runs out of memory above a number of tokens: what both ranks make of it, and how far they train."""
+    trainer = small_runs.trainer(
+        folder / "fitted",
+        model=str(folder / "model"),
+        pairs=8,
+        auto_find_batch_size=True,
+        max_tokens_per_micro_batch=TOKENS_THAT_FIT * 2,
+        **SETTINGS,
+    )
+    widths: list[int] = []
+
+    def check(module: Any, words: Any, output: torch.Tensor) -> None:
+        widths.append(output.shape[1])
+        if output.shape[1] > TOKENS_THAT_FIT:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    trainer.policy.parts.backbone.layers[1].mlp.register_forward_hook(check)
+    trainer.train()
+    return {
+        "widest": distributed.gather_objects(max(widths)),
+        "after": distributed.gather_objects(max(widths[widths.index(max(widths)) + 1 :])),
+        "history": small_runs.step_lines(trainer),
+    }
+
+
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "quick_start": quick_start,
     "by_name": by_name,
@@ -155,6 +182,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "adapters": adapters,
     "streamed": streamed,
     "blow_up": blow_up,
+    "fitted": fitted,
 }
 
 

@@ -104,7 +104,7 @@ class Feed:
 
     def plan(self, pairs: Sequence[int]) -> StepPlan:
         """Deal the pairs of a global batch (dataset indices); returns this rank's part."""
-        costs = self._costs(pairs)
+        costs = self.costs(pairs)
         budget = self.max_tokens
         if budget is None:
             budget = sum(cost.tokens for cost in costs)
@@ -151,7 +151,8 @@ class Feed:
             yield plan, chain((first,), islice(stream, len(plan.micro_batches) - 1))
             self.dataset.release(pairs)
 
-    def _costs(self, pairs: Sequence[int]) -> list[PairCost]:
+    def costs(self, pairs: Sequence[int]) -> list[PairCost]:
+        """What these pairs (dataset indices) take of a micro-batch in this layout."""
         lengths = self.dataset.lengths.of(pairs)
         triples = list(
             zip(lengths.trunk.tolist(), lengths.chosen.tolist(), lengths.rejected.tolist(), strict=True)

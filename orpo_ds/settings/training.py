@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused
 
 _ORPO: tuple[Claim, ...] = (
     Honoured(
@@ -124,7 +124,12 @@ _STEPS: tuple[Claim, ...] = (
     ),
     Honoured("num_train_epochs", "May be a fraction.", "tests/test_trainer.py::test_strategies"),
     Honoured("max_steps", "Above 0, wins over the epochs.", "tests/test_trainer.py::test_strategies"),
-    not_built("auto_find_batch_size", "a search for the largest micro-batch that fits"),
+    Honoured(
+        "auto_find_batch_size",
+        "Halves `max_tokens_per_micro_batch` before the first step until the longest pairs fit in memory on all ranks. "
+        "The global batch, and so every number, stays.",
+        "tests/test_rehearsal.py::test_the_budget_is_halved_until_it_fits",
+    ),
     Refused(
         "average_tokens_across_devices",
         "the loss is always normalised over the tokens of the whole global batch",
