@@ -55,6 +55,7 @@ class Setting:
     logits_cache_mib: int = 0
     gradient_checkpointing: bool = False
     router_balance: str = "global_batch"
+    offloaded: bool = False  # the optimizer's state, and under ZeRO-3 the parameters too, to the host
 
 
 MIXTURES = ("qwen3_moe", "olmoe", "deepseek_v3")
@@ -71,6 +72,8 @@ SETTINGS = [
     Setting("zero3, small tiles", 3, tile_rows=5),
     Setting("zero3, small tiles, cached", 3, tile_rows=5, logits_cache_mib=64),
     Setting("zero3, gradient checkpointing", 3, max_tokens=TIGHT, gradient_checkpointing=True),
+    Setting("zero2, CPU offload", 2, max_tokens=TIGHT, offloaded=True),
+    Setting("zero3, CPU offload", 3, max_tokens=TIGHT, offloaded=True),
     Setting("zero3, untied head", 3, family="llama", max_tokens=TIGHT),
     # Experts, whose balance is a product of two means over the whole batch.
     Setting("zero3, experts", 3, family="mixtral"),
@@ -122,12 +125,19 @@ class BeforeUpdate:
         self.gradients = {name: safe_get_full_grad(parameter).clone().cpu() for name, parameter in parameters}
 
 
+def zero_section(setting: Setting) -> dict[str, Any]:
+    """`zero_optimization` of the DeepSpeed JSON."""
+    parts = ("offload_optimizer", "offload_param") if setting.stage == 3 else ("offload_optimizer",)
+    offload = {part: {"device": "cpu"} for part in parts if setting.offloaded}
+    return {"stage": setting.stage, **offload}
+
+
 def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> Outcome:
     """Forward and backward of all pairs of the dataset as one global batch. All ranks call it."""
     args = ORPOConfig(
         output_dir=tempfile.gettempdir(),  # nothing is written
         bf16=False,
-        deepspeed={"zero_optimization": {"stage": setting.stage}},
+        deepspeed={"zero_optimization": zero_section(setting)},
         report_to="none",
     )
     model = tiny_model(setting.family, vocab_size=len(tiny_tokenizer()), seed=MODEL_SEED)
