@@ -73,9 +73,8 @@ def build_engine(
             f"({config['optimizer'].get('type')}). Remove one of them."
         )
     if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
-        DebugUnderflowOverflow(
-            policy
-        )  # before DeepSpeed's own hooks, which empty ZeRO-3's parameters after a layer
+        # Before DeepSpeed's own hooks, which empty ZeRO-3's parameters after a layer.
+        DebugUnderflowOverflow(policy)
     if (config["zero_optimization"].get("offload_param") or {}).get("device") == "nvme":
         # Left to `initialize`, a model that was made outside zero.Init is swapped in bf16 on every device that does
         # not compute in fp16, whatever its dtype: `dtype or a if b else c` in partition_parameters.py. Told nothing

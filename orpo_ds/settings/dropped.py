@@ -89,7 +89,7 @@ def take_dropped(config: Any) -> list[str]:
         if given == default:
             continue
         if not claim.successor:
-            warnings.append(f"{shown(claim.name, given)} changes nothing: {_plain(claim.says)}")
+            warnings.append(f"{shown(claim.name, given)}: {_plain(claim.says)}")
             continue
         value = TRANSLATED.get(claim.name, _as_it_is)(config, given)
         _hand_over(config, claim, value, default=defaults[claim.successor])
