@@ -11,9 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AutoModelForImageTextToText,
+    AutoConfig,
     AutoProcessor,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
@@ -179,14 +180,21 @@ def test_a_folder_is_trained_and_written_as_a_vision_model(tmp_path: Path) -> No
     vision.vision_model("idefics3").save_pretrained(folder)
     vision.PROCESSORS["idefics3"]().save_pretrained(folder)
     trainer = ORPOTrainer(
-        str(folder), settings(tmp_path / "run", **SETTINGS), train_dataset=vision.dataset(4)
+        str(folder),
+        settings(tmp_path / "run", deepspeed="zero3", **SETTINGS),
+        train_dataset=vision.dataset(4),
     )
     assert isinstance(trainer.model, Idefics3ForConditionalGeneration)
     assert isinstance(trainer.processing_class, Idefics3Processor)
     trainer.train()
     trainer.save_model()
-    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").state_dict()
-    assert all(torch.equal(saved[name], value) for name, value in trainer.model.state_dict().items())
+    before, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "run"))
+    assert before.keys() == saved.keys()
+    trained = full_state(trainer.model)
+    assert all(torch.equal(saved[name], value) for name, value in trained.items())
+    vision_weights = [name for name in saved if "vision_model" in name and name.endswith("weight")]
+    assert all(not torch.equal(saved[name], before[name]) for name in vision_weights)
+    assert AutoConfig.from_pretrained(tmp_path / "run").architectures == ["Idefics3ForConditionalGeneration"]
     processor = AutoProcessor.from_pretrained(tmp_path / "run")
     assert processor.chat_template == vision.PROCESSORS["idefics3"]().chat_template
 

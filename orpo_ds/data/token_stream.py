@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 256  # that are written to disk at a time
 COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
+# They are made ready from rows that can be read again, and those of a stream are gone.
+NO_IMAGES = "prompts with images cannot be streamed: load the dataset without streaming"
 FIRST_ROWS = 32  # looked at before the training: columns, fingerprint, a pair for the check of the layout
 
 
@@ -96,7 +98,8 @@ class TokenStream:
         rows = rows.with_format(None)
         first = _first_rows(rows)
         self.images: ImageInputs | None = None
-        _check_images(next(readable(rows)), processing_class=processing_class, options=options)
+        processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+        check_images([], processor=processor, options=options)
         self.example = self._example(first)
         parts = [hash_rows(first), processing_hash(processing_class), asdict(options), block_rows, shuffle]
         self.fingerprint = "stream:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -180,9 +183,13 @@ class TokenStream:
         self._positions = {self._next_step: place}
 
     def _tokenize(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[TokenPair | RowError]:
-        return tokenize_rows(
+        tokenized = tokenize_rows(
             rows, numbers=numbers, processing_class=self._processing_class, options=self._options
         )
+        for number, one in zip(numbers, tokenized, strict=True):
+            if isinstance(one, TokenPair) and one.images is not None:
+                raise ValueError(f"{NO_IMAGES} (row {number})")
+        return tokenized
 
     def _example(self, rows: Sequence[Row]) -> TokenPair:
         """The first pair; whatever keeps the rows before it from being used is told when they come up."""
@@ -208,15 +215,10 @@ def _first_rows(rows: datasets.IterableDataset) -> list[Row]:
     if not first:
         raise ValueError("the dataset has no rows: nothing to train on. Check the files and the split")
     check_columns(list(first[0]))
+    for name in IMAGE_COLUMNS:
+        if name in first[0]:
+            raise ValueError(f"{NO_IMAGES}, or remove the column {name!r} to train on the text alone")
     return [_known(row) for row in first]
-
-
-def _check_images(row: Row, *, processing_class: ProcessingClass, options: TokenizeOptions) -> None:
-    """Images are made ready from rows that can be read again, and those of a stream are gone."""
-    processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
-    check_images(list(row), processor=processor, options=options)
-    if processor is not None and any(name in row for name in IMAGE_COLUMNS):
-        raise ValueError("prompts with images cannot be streamed: load the dataset without streaming")
 
 
 def _known(row: Row) -> Row:

@@ -17,6 +17,7 @@ from orpo_ds.data.feed import Feed
 from orpo_ds.data.packing import pack
 from orpo_ds.data.token_stream import FIRST_ROWS, TokenStream, read_whole
 from orpo_ds.data.tokenize import TokenizeOptions, tokenize_dataset
+from tests import vision
 from tests.parity.tokenizer import tiny_tokenizer
 from tests.small_runs import rows
 
@@ -185,3 +186,22 @@ def test_a_stream_read_whole_is_the_dataset(tmp_path: Path) -> None:
     assert other._fingerprint != whole._fingerprint
     with pytest.raises(ValueError, match="has no rows"):
         read_whole(source([]), folder=tmp_path)
+
+
+def test_images_are_not_streamed(tmp_path: Path) -> None:
+    """In a column or inside a message, to train or to evaluate on; text for a processor is."""
+    processor = vision.PROCESSORS["idefics3"]()
+    columns = IterableDataset.from_generator(vision.rows, gen_kwargs={"count": 3})
+    for attempt in (
+        lambda: stream(columns, processing_class=processor),
+        lambda: read_whole(columns, folder=tmp_path),
+    ):
+        with pytest.raises(ValueError, match="prompts with images cannot be streamed"):
+            attempt()
+    content = [{"type": "image", "image": vision.picture(1)}, {"type": "text", "text": "What?"}]
+    inside = [{**row, "prompt": [{"role": "user", "content": content}]} for row in rows(COUNT)]
+    with pytest.raises(ValueError, match=r"prompts with images cannot be streamed.* \(row 0\)"):
+        stream(source(inside), processing_class=processor)
+    text = stream(processing_class=processor)
+    assert text.images is None
+    assert text.example.chosen[0] == processor.tokenizer.bos_token_id
