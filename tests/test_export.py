@@ -26,7 +26,7 @@ from tests.tiny_models import FAMILIES
 def test_round_trip(tmp_path: Path, family: str) -> None:
     model = small_runs.model_of(family, seed=3)
     save_pretrained(model, tmp_path, tokenizer=tiny_tokenizer())
-    kind = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    kind = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
     loaded = kind.from_pretrained(tmp_path).state_dict()
     state = model.state_dict()
     assert loaded.keys() == state.keys()
@@ -114,7 +114,7 @@ def test_shards_hold_what_transformers_would_write(tmp_path: Path, family: str) 
         tensors = load_file(file)
         size = sum(value.numel() * value.element_size() for value in tensors.values())
         assert size <= limit or len(tensors) == 1, file
-    kind = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    kind = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
     loaded = kind.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
