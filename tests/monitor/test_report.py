@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerControl, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.integrations import integration_utils as integrations
 
 from orpo_ds.monitor.report import PACKAGES, check_report_to, node_run
 from orpo_ds.monitor.tensorboard import OrpoTensorBoardCallback
+from orpo_ds.monitor.wandb import RUN_FILE, copy_run_id
 from tests import small_runs
 
 TOKEN = "hf_FAKEFAKEFAKEFAKEFAKEFAKE"
@@ -74,6 +81,55 @@ def test_tensorboard_has_the_metrics_and_no_token(tmp_path: Path) -> None:
     assert "train/grad_norm_by_layer/layers.1" in events.Tags()["scalars"]
     for path in board.rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), f"the token is in {path}"
+
+
+def test_transformers_own_callbacks_work_unmodified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given by the user as they are: the trainer's events carry what each of them asks for."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        callbacks=[
+            integrations.TensorBoardCallback,
+            PrinterCallback,
+            ProgressCallback(),
+            # Margins grow: judged as if lower were better, nothing improves after the first evaluation.
+            EarlyStoppingCallback(early_stopping_patience=2),
+        ],
+        eval_dataset=small_runs.dataset(3),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_rewards/margins",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+        max_steps=9,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    printed = capsys.readouterr()
+    assert "'eval_rewards/margins'" in printed.out
+    assert "3/9" in printed.err
+
+
+def test_the_id_of_a_run_travels_with_its_checkpoints(tmp_path: Path) -> None:
+    first, checkpoint, second = (tmp_path / name for name in ("first", "checkpoint-1", "second"))
+    for folder in (first, checkpoint, second):
+        folder.mkdir()
+    copy_run_id(first, checkpoint)
+    assert not list(checkpoint.iterdir())  # no W&B run, nothing to carry
+    (first / RUN_FILE).write_text('{"id": "abc"}')
+    copy_run_id(first, checkpoint)
+    copy_run_id(checkpoint, second)
+    assert (second / RUN_FILE).read_text() == '{"id": "abc"}'
+    (checkpoint / RUN_FILE).write_text('{"id": "other"}')
+    copy_run_id(checkpoint, second)
+    assert (second / RUN_FILE).read_text() == '{"id": "abc"}'
 
 
 def test_a_table_on_tensorboard_is_markdown(tmp_path: Path) -> None:
