@@ -62,7 +62,7 @@ def train(words: Sequence[str]) -> None:
     """Train a model on preference pairs."""
     script, args = parse_train_arguments(words)
     from orpo_ds.monitor.bars import of_libraries
-    from orpo_ds.script_data import load_script_rows
+    from orpo_ds.script_data import load_script_rows, public_name
     from orpo_ds.trainer import ORPOTrainer
 
     with of_libraries("Reading the dataset"):
@@ -78,7 +78,7 @@ def train(words: Sequence[str]) -> None:
         eval_dataset=rows.test if args.do_eval else None,
         peft_config=_adapters(script),
     )
-    trainer.publisher.name_card(dataset_name=script.dataset_name)
+    trainer.publisher.name_card(dataset_name=public_name(script))
     _train_and_save(trainer)
     if args.do_eval and args.eval_strategy == "no":  # otherwise the last step has evaluated
         trainer.evaluate()

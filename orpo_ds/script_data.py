@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ import datasets
 from orpo_ds.config import ScriptArguments
 from orpo_ds.data.load import Rows, load_rows
 from orpo_ds.data.mixture import load_mixture, parse_source
+from orpo_ds.data.remote import is_url
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ def load_script_rows(script: ScriptArguments, *, seed: int, evaluates: bool) -> 
     if script.datasets:
         raise ValueError("a mixture of datasets has no split to evaluate: set test_split_size.")
     return ScriptRows(train=train, test=_split(script, script.dataset_test_split, streaming=streaming))
+
+
+def public_name(script: ScriptArguments) -> str | None:
+    """What a model card may call the data: a hub id, or the last part of a path or URL; no folder, no signed query."""
+    name = script.dataset_name
+    if name is None or not (is_url(name) or Path(name).is_absolute()):
+        return name
+    return Path(name.partition("?")[0]).name
 
 
 def _split(script: ScriptArguments, split: str, *, streaming: bool) -> Any:

@@ -13,7 +13,7 @@ from datasets import IterableDataset
 
 from orpo_ds.config import ScriptArguments
 from orpo_ds.monitor.jsonl import read_metrics
-from orpo_ds.script_data import ScriptRows, load_script_rows
+from orpo_ds.script_data import ScriptRows, load_script_rows, public_name
 from tests import small_runs
 from tests.hub_server import HubServer
 
@@ -99,6 +99,19 @@ def test_the_command_trains_on_a_mixture_that_streams(folder: Path) -> None:
     words = small_runs.command_line(folder, dataset_name=None, max_steps=-1, num_train_epochs=1)
     answer = small_runs.run_cli([*words, "--config", str(folder / "data.yaml")], datasets_cache=folder / "hf")
     assert (answer.status, "set max_steps" in answer.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("owner/pairs", "owner/pairs"),
+        ("https://bucket.example/a/pairs.jsonl?X-Amz-Signature=secret", "pairs.jsonl"),
+        ("/home/ann/pairs.*.jsonl", "pairs.*.jsonl"),
+        (None, None),
+    ],
+)
+def test_a_card_does_not_tell_where_the_data_lies(name: str | None, public: str | None) -> None:
+    assert public_name(ScriptArguments(model_name_or_path="unused", dataset_name=name)) == public
 
 
 CARD = """---
