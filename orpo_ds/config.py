@@ -135,13 +135,20 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without the model's own dropout."})
     label_pad_token_id: int = field(
-        default=-100, metadata={"help": "Label of tokens that no loss counts (encoder-decoder labels)."}
+        default=-100, metadata={"help": "Label of a prompt's tokens, in what `compute_metrics` is given."}
     )
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id of the padding. Unset: the tokenizer's."}
     )
     generate_during_eval: bool = field(
-        default=False, metadata={"help": "Generate answers during an evaluation and show them."}
+        default=False,
+        metadata={"help": "Answer a few prompts before training and at every evaluation, and show them."},
+    )
+    generate_num_prompts: int = field(
+        default=8, metadata={"help": "Prompts of each evaluation set that `generate_during_eval` answers."}
+    )
+    generate_max_new_tokens: int = field(
+        default=128, metadata={"help": "Tokens of an answer of `generate_during_eval`, at most."}
     )
     is_encoder_decoder: bool | None = field(
         default=None, metadata={"help": "Needed only with `model_init`. Unset: the model's config says."}

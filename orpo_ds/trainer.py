@@ -31,7 +31,7 @@ from orpo_ds.data.packing import MicroBatch
 from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.engine import Engine, build_engine, follows_metric, gradient_norm, release_gathered
-from orpo_ds.evaluation import Evaluation
+from orpo_ds.evaluator import Evaluator
 from orpo_ds.layout import RunLayout, check_collator, choose_layout
 from orpo_ds.model.compiled import compile_backbone
 from orpo_ds.model.neftune import embedding_noise
@@ -45,7 +45,7 @@ from orpo_ds.plan import Position, plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
 from orpo_ds.prepare import prepare_model, prepare_processing, training_dtype
-from orpo_ds.prepare_data import Rows, prepare_dataset, prepare_training_set
+from orpo_ds.prepare_data import Rows, prepare_training_set
 from orpo_ds.publish import Publisher
 from orpo_ds.rehearsal import feed_that_fits
 from orpo_ds.saving import RunCheckpoints
@@ -96,15 +96,11 @@ class ORPOTrainer:
         self.args = args if args is not None else ORPOConfig()
         set_verbosity(self.args)
         check_collator(data_collator)
-        self.compute_metrics = compute_metrics
-        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.model = prepare_model(model, args=self.args, model_init=model_init, peft_config=peft_config)
         self.processing_class = prepare_processing(processing_class, model=self.model, args=self.args)
         self.train_dataset = prepare_training_set(
             train_dataset, processing_class=self.processing_class, model=self.model, args=self.args
         )
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        self.eval_datasets = {name: self._prepared(rows) for name, rows in named.items() if rows is not None}
         self.policy = OrpoPolicy(
             self.model,
             beta=self.args.beta,
@@ -153,10 +149,17 @@ class ORPOTrainer:
             facts=self._facts,
             before_save=self._release_gathered,
         )
+        self.evaluator = Evaluator(
+            eval_dataset,
+            args=self.args,
+            model=self.model,
+            processing_class=self.processing_class,
+            handler=self.callback_handler,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            after_round=self._after_round,
+        )
         self._event("on_init_end")
-
-    def _prepared(self, rows: Rows) -> TokenDataset:
-        return prepare_dataset(rows, processing_class=self.processing_class, model=self.model, args=self.args)
 
     # ------------------------------------------------------------------ training
 
@@ -225,6 +228,8 @@ class ORPOTrainer:
         if self.args.auto_find_batch_size:
             feed = feed_that_fits(self._ready_engine(), feed, args=self.args)
         self._event("on_train_begin")
+        if self.args.generate_during_eval and state.global_step == 0:
+            self.evaluator.show_answers(self._ready_engine(), state, self.evaluator.datasets, writes=True)
         if self.args.eval_on_start and state.global_step == 0:
             self.evaluate(ignore_keys=self._ignore_keys)
         watch.start(state.global_step)
@@ -330,7 +335,7 @@ class ORPOTrainer:
             "or train in bf16 instead of fp16."
         )
 
-    def _ready_engine(self) -> Engine:
+    def _ready_engine(self, *others: TokenDataset) -> Engine:
         """The engine; at first use, wrap the model under DeepSpeed and find out whether packed rows are exact on it."""
         if self.engine is not None:
             return self.engine
@@ -345,18 +350,18 @@ class ORPOTrainer:
             scheduler=scheduler,
         )
         check_engine(self.engine.deepspeed)
-        self._chosen_layout = self._choose_layout()
+        own = [] if self.train_dataset is None else [self.train_dataset]
+        self._chosen_layout = choose_layout(
+            self.policy,
+            args=self.args,
+            processing_class=self.processing_class,
+            datasets=[*own, *self.evaluator.datasets.values(), *others],
+        )
         if (backend := self.args.torch_compile_backend) is not None:  # transformers names inductor by default
             compile_backbone(self.policy.parts, backend=backend, mode=self.args.torch_compile_mode)
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler = self.engine.optimizer, self.engine.scheduler
         return self.engine
-
-    def _choose_layout(self) -> RunLayout:
-        known = [*([] if self.train_dataset is None else [self.train_dataset]), *self.eval_datasets.values()]
-        return choose_layout(
-            self.policy, args=self.args, processing_class=self.processing_class, datasets=known
-        )
 
     @property
     def _layout(self) -> RunLayout:
@@ -401,6 +406,7 @@ class ORPOTrainer:
             restore_states(self.callback_handler, states)
         if distributed.is_main():
             self.metrics_file.rewind(self.state.global_step, self.state.log_history)
+            self.evaluator.answers.rewind(self.state)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -424,14 +430,16 @@ class ORPOTrainer:
         Raises:
             ValueError: there is no evaluation set.
         """
-        loss_only = self.compute_metrics is None or self.args.prediction_loss_only
-        figures: dict[str, float] = {}
-        for name, dataset in self._sets_to_evaluate(eval_dataset).items():
-            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            output = self._evaluation().run(
-                dataset, prefix=prefix, loss_only=loss_only, ignore_keys=ignore_keys
-            )
-            figures |= output.metrics or {}
+        datasets = self.evaluator.sets(eval_dataset)
+        figures = self.evaluator.evaluate(
+            self._ready_engine(*datasets.values()),
+            self._layout,
+            datasets,
+            state=self.state,
+            prefix=metric_key_prefix,
+            ignore_keys=ignore_keys,
+            writes=self._owns_output_dir,
+        )
         self.log(figures)
         self._event("on_evaluate", metrics=figures)
         return figures | {"epoch": self.state.epoch}
@@ -452,42 +460,16 @@ class ORPOTrainer:
         Returns:
             What `compute_metrics` is given (`orpo_ds.predictions`) and the metrics.
         """
-        output = self._evaluation().run(
-            self._prepared(test_dataset),
+        dataset = self.evaluator.sets({"": test_dataset})[""]
+        output = self.evaluator.predict(
+            self._ready_engine(dataset),
+            self._layout,
+            dataset,
             prefix=metric_key_prefix,
-            loss_only=self.args.prediction_loss_only,
             ignore_keys=ignore_keys,
         )
         self._event("on_predict", metrics=output.metrics)
         return output
-
-    def _sets_to_evaluate(self, given: Rows | dict[str, Rows] | str | None) -> dict[str, TokenDataset]:
-        """By name; without a name where there is one."""
-        if isinstance(given, str):
-            if given not in self.eval_datasets:
-                known = ", ".join(name for name in self.eval_datasets if name) or "none that has a name"
-                raise ValueError(f"eval_dataset={given!r}: the trainer has no such set. It has: {known}.")
-            return {"": self.eval_datasets[given]}
-        datasets = self.eval_datasets
-        if given is not None:
-            named = given if isinstance(given, dict) else {"": given}
-            datasets = {name: self._prepared(rows) for name, rows in named.items()}
-        if not datasets:
-            raise ValueError(
-                "there is nothing to evaluate: pass eval_dataset to ORPOTrainer or to evaluate()."
-            )
-        return datasets
-
-    def _evaluation(self) -> Evaluation:
-        engine = self._ready_engine()
-        return Evaluation(
-            engine=engine,
-            layout=self._layout,
-            args=self.args,
-            compute_metrics=self.compute_metrics,
-            preprocess=self.preprocess_logits_for_metrics,
-            on_round=self._after_round,
-        )
 
     def _after_round(self, rounds: int) -> None:
         self.callback_handler.eval_dataloader = range(rounds)  # the progress bar asks for its length

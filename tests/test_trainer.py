@@ -21,8 +21,17 @@ from tests import small_runs
 from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import pad_pairs, reference_step
 from tests.parity.tokenizer import tiny_tokenizer
+from tests.test_answers import answer, prompt_ids
 from tests.test_evaluation import evaluation_errors
-from tests.trainer_worker import BATCH_SIZES, LORA, TOKENS_THAT_FIT, TRAINED_STEPS, stream
+from tests.trainer_worker import (
+    BATCH_SIZES,
+    EVAL_PAIRS,
+    LORA,
+    TOKENS_THAT_FIT,
+    TRAINED_STEPS,
+    best_tokens,
+    stream,
+)
 from tests.trainer_worker import SETTINGS as WORKER_SETTINGS
 
 TOLERANCE = 1e-5  # fp32 sums in another order, against float64
@@ -147,6 +156,40 @@ class TestTwoRanks:
     @pytest.mark.parametrize("batch_size", BATCH_SIZES)
     def test_evaluation_is_exact(self, seen: dict[str, Any], batch_size: int) -> None:
         assert max(evaluation_errors(seen["evaluations"][batch_size]).values()) <= TOLERANCE
+
+    def test_answers_under_zero3_leave_the_training_alone(self, seen: dict[str, Any]) -> None:
+        """ZeRO-3 gathers layer by layer while the ranks generate: of three prompts two and one."""
+        trained, plain = seen["answers"]["parameters"], seen["by_name"]["parameters"]
+        assert largest_difference(trained, plain) == 0.0
+
+    def test_answers_under_zero3_are_those_of_the_model(
+        self, seen: dict[str, Any], worker_folder: Path
+    ) -> None:
+        lines = read_metrics(worker_folder / "answers" / "answers.jsonl")
+        assert [line["step"] for line in lines] == [0] * 3 + [TRAINED_STEPS] * 3
+        for line in lines:
+            for column, step in (("before", 0), ("now", line["step"])):
+                model = AutoModelForCausalLM.from_pretrained(worker_folder / "model")
+                if step:
+                    model.load_state_dict(seen["answers"]["parameters"])
+                assert line[column] == answer(model, prompt_ids(line["row"])), (step, column)
+
+    def test_predictions_of_all_ranks_are_whole_and_in_order(
+        self, seen: dict[str, Any], tmp_path: Path
+    ) -> None:
+        first, second = seen["answers"]["predictions"]
+        for mine, theirs in zip(first, second, strict=True):
+            assert (mine == theirs).all()
+        alone = small_runs.trainer(
+            tmp_path / "run",
+            train_dataset=None,
+            eval_dataset=small_runs.dataset(EVAL_PAIRS),
+            preprocess_logits_for_metrics=best_tokens,
+        )
+        alone.model.load_state_dict(seen["answers"]["parameters"])
+        found = alone.predict(small_runs.dataset(EVAL_PAIRS))
+        assert (found.predictions == first[0]).all()
+        assert (found.label_ids == first[1]).all()
 
     def test_adapters_train_and_nothing_else(self, seen: dict[str, Any]) -> None:
         part = seen["adapters"]

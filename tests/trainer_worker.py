@@ -137,6 +137,36 @@ def stream() -> IterableDataset:
     return small_runs.dataset(30).to_iterable_dataset(num_shards=3)
 
 
+def best_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A `preprocess_logits_for_metrics`."""
+    return logits.argmax(-1)
+
+
+def answers(folder: Path) -> dict[str, Any]:
+    """The training of `by_name` again, with answers of an odd number of prompts, and then predictions."""
+    trainer = small_runs.trainer(
+        folder / "answers",
+        model=str(folder / "model"),
+        pairs=8,
+        eval_dataset=small_runs.dataset(5),
+        preprocess_logits_for_metrics=best_tokens,
+        per_device_eval_batch_size=1,
+        generate_during_eval=True,
+        generate_num_prompts=3,
+        generate_max_new_tokens=6,
+        eval_strategy="steps",
+        eval_steps=TRAINED_STEPS,
+        include_for_metrics=["loss"],
+        **SETTINGS,
+    )
+    trainer.train()
+    found = trainer.predict(small_runs.dataset(EVAL_PAIRS))
+    return {
+        "parameters": full_state(trainer.model),
+        "predictions": distributed.gather_objects((found.predictions, found.label_ids)),
+    }
+
+
 def blow_up(folder: Path) -> dict[str, Any]:
     """A learning rate that makes the second step's loss NaN: what each rank says of it."""
     changes = SETTINGS | {"learning_rate": 1e30, "save_strategy": "steps", "save_steps": 1}
@@ -181,6 +211,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "evaluations": evaluations,
     "adapters": adapters,
     "streamed": streamed,
+    "answers": answers,
     "blow_up": blow_up,
     "fitted": fitted,
 }

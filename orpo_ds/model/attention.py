@@ -159,6 +159,32 @@ def _refuse_foreign_shapes(layer: str, query: Tensor, key: Tensor, layout: Varle
         )
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionChoice:
+    """Which attention each config of a model names, at one moment."""
+
+    named: tuple[tuple[PreTrainedConfig, str | None], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> AttentionChoice:
+        """What the transformers model in `module` (a PeftModel, a policy) uses now."""
+        return cls(tuple((config, config._attn_implementation) for config in _configs(_inner_model(module))))
+
+    @contextmanager
+    def enabled(self) -> Iterator[None]:
+        """Within the context the model uses this; then what it had before. For generation inside of a training."""
+        before = AttentionChoice(tuple((config, config._attn_implementation) for config, _ in self.named))
+        self._set()
+        try:
+            yield
+        finally:
+            before._set()
+
+    def _set(self) -> None:
+        for config, implementation in self.named:
+            config._attn_implementation_internal = implementation  # the setter would overwrite sub-configs
+
+
 @contextmanager
 def packed_attention_enabled(module: nn.Module) -> Iterator[None]:
     """Within the context the transformers model in `module` uses the packed attention; then what it had before.
@@ -171,20 +197,20 @@ def packed_attention_enabled(module: nn.Module) -> Iterator[None]:
     Raises:
         UnsupportedAttentionError: if the model's class does not go through transformers' attention interface.
     """
-    model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+    model = _inner_model(module)
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedAttentionError(
             f"{type(model).__name__} computes attention in code of its own, not through transformers' "
             "AttentionInterface"
         )
     register()
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
+    with AttentionChoice.of(model).enabled():  # what is set inside is undone
+        model.set_attn_implementation(ATTENTION_NAME)
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation  # the setter would overwrite sub-configs
+
+
+def _inner_model(module: nn.Module) -> PreTrainedModel:
+    return next(part for part in module.modules() if isinstance(part, PreTrainedModel))
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

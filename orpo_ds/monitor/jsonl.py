@@ -18,15 +18,15 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
-SUPERSEDED_NAME = "metrics.superseded.jsonl"
+SUPERSEDED_SUFFIX = ".superseded.jsonl"
 MAX_WAITING_LINES = 100_000
 
 
 class MetricsFile:
-    """Writes `metrics.jsonl`. One process of a job does; nothing is made before the first write."""
+    """Writes `metrics.jsonl`, or lines of another kind. One process of a job does; no file before the first write."""
 
-    def __init__(self, output_dir: str | Path) -> None:
-        self.path = Path(output_dir) / FILE_NAME
+    def __init__(self, output_dir: str | Path, *, name: str = FILE_NAME) -> None:
+        self.path = Path(output_dir) / name
         self._waiting: list[str] = []
         self._warned = False
 
@@ -80,7 +80,7 @@ class MetricsFile:
         superseded = [line for line in lines if line not in kept]
         if not superseded:
             return
-        with self.path.with_name(SUPERSEDED_NAME).open("a", encoding="utf-8") as file:
+        with self.path.with_suffix(SUPERSEDED_SUFFIX).open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in superseded)
             file.flush()
             os.fsync(file.fileno())

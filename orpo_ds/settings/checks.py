@@ -24,6 +24,8 @@ AT_LEAST_ONE = (
     "dataset_shuffle_buffer",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
+    "generate_num_prompts",
+    "generate_max_new_tokens",
     "gradient_accumulation_steps",
 )
 TOKENS_SEEN = (True, False, "all", "non_padding", "no")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused
 
 _WHEN: tuple[Claim, ...] = (
     Honoured("eval_strategy", "", "tests/test_trainer.py::test_strategies"),
@@ -54,7 +54,22 @@ _WHAT: tuple[Claim, ...] = (
         "`preprocess_logits_for_metrics` may return other things than tensors.",
         "tests/test_predictions.py::test_objects_need_to_be_asked_for",
     ),
-    not_built("generate_during_eval", "generation during an evaluation"),
+    Honoured(
+        "generate_during_eval",
+        "Answers to a few prompts, before the training and at each evaluation: a table in W&B, TensorBoard or the log, "
+        "and `answers.jsonl`.",
+        "tests/test_answers.py::test_answers_are_those_of_the_model_at_each_step",
+    ),
+    Honoured(
+        "generate_num_prompts",
+        "Of each evaluation set; the same ones each time, drawn by `seed`.",
+        "tests/test_answers.py::test_answers_are_those_of_the_model_at_each_step",
+    ),
+    Honoured(
+        "generate_max_new_tokens",
+        "A longer answer is cut off.",
+        "tests/test_answers.py::test_answers_are_those_of_the_model_at_each_step",
+    ),
     Refused(
         "past_index", "it carried the hidden state of Transformer-XL from batch to batch", "Leave it out."
     ),
