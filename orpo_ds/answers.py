@@ -11,7 +11,6 @@ import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.table import Table
@@ -24,22 +23,13 @@ from orpo_ds.config import ORPOConfig
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.generation import Generator, text_of
 from orpo_ds.monitor.jsonl import MetricsFile, read_metrics
+from orpo_ds.monitor.report import log_table
 
 ANSWERS_FILE = "answers.jsonl"
 COLUMNS = ("prompt", "before training", "now", "chosen")
 DASHBOARDS_WITH_TABLES = frozenset({"tensorboard", "wandb"})
 WIDTH = 120  # columns of the table in a log
 MOST_LETTERS = 400  # of a cell in a log; everything is in the file
-
-
-@runtime_checkable
-class TableSink(Protocol):
-    """A callback that shows tables."""
-
-    def log_table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, step: int
-    ) -> None:
-        """Show `rows`, each with one value a column."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +101,7 @@ class AnswerTables:
                 entry = dict(zip(("prompt", "before", "now", "chosen"), row, strict=True))
                 self._file.append({"step": state.global_step, "set": name, "row": question.row, **entry})
         title = f"answers/{name}" if name else "answers"
-        for callback in self._handler.callbacks:
-            if isinstance(callback, TableSink):
-                callback.log_table(title, COLUMNS, rows, step=state.global_step)
+        log_table(self._handler, state, name=title, columns=COLUMNS, rows=rows)
         if not DASHBOARDS_WITH_TABLES & set(self._args.report_to or ()):
             tqdm.write(as_text(f"{title}, step {state.global_step}", rows))
 
