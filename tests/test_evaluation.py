@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import EvalPrediction
+from transformers import EvalPrediction, ProgressCallback
 
 from orpo_ds.export import full_state
 from orpo_ds.monitor.jsonl import read_metrics
@@ -129,7 +129,7 @@ def test_the_progress_bar_of_transformers_follows(tmp_path: Path, capsys: pytest
         train_dataset=None,
         eval_dataset=small_runs.dataset(EVAL_PAIRS),
         per_device_eval_batch_size=4,
-        disable_tqdm=False,
+        callbacks=[ProgressCallback],
     )
     trainer.evaluate()
     assert "3/3" in capsys.readouterr().err
