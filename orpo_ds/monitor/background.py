@@ -44,6 +44,7 @@ class Background(TrainerCallback):
         self._thread: threading.Thread | None = None
         self._said: set[str] = set()
         self._training_ended = False
+        self._hangs = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -88,7 +89,7 @@ class Background(TrainerCallback):
         """Report the end, and wait until all is reported, within bounds."""
         self._post(super().on_train_end, args, state, control, kwargs)
         self._training_ended = True
-        self.drain(self.end_seconds)
+        self._wait_for_the_rest()
 
     def log_table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
@@ -142,7 +143,13 @@ class Background(TrainerCallback):
             self._thread = threading.Thread(target=self._work, name=type(self).__name__, daemon=True)
             self._thread.start()
         if self._training_ended:
-            self.drain(self.end_seconds)
+            self._wait_for_the_rest()
+
+    def _wait_for_the_rest(self) -> None:
+        """Wait for what is not yet reported; not again where that was in vain."""
+        if not self._hangs and not self.drain(self.end_seconds):
+            self._hangs = True
+            self._say_once(f"did not report everything within {self.end_seconds:.0f} seconds of the end")
 
     def _work(self) -> None:
         while True:

@@ -91,3 +91,22 @@ def test_a_callback_that_hangs_costs_nothing_and_is_mentioned_once(
     steps = [step for step, _ in callback.seen]
     assert steps[:5] == [1, 2, 3, 4, 5]
     assert len(steps) <= 6
+
+
+def test_what_comes_after_the_end_waits_once_for_a_callback_that_hangs(
+    args: TrainingArguments, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "END_SECONDS", 0.5)
+    callback = in_background(Recorder)()
+    assert isinstance(callback, Recorder)
+    callback.gate = threading.Event()
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        log_steps(callback, args, steps=1)
+        callback.on_train_end(args, TrainerState(), TrainerControl())
+        log_steps(callback, args, steps=200)  # half a second each, had the end not shown that it is in vain
+    assert time.monotonic() - began < 30
+    assert sum("did not report everything" in record.getMessage() for record in caplog.records) == 1
+    callback.gate.set()
+    assert callback.drain(30)
+    assert len(callback.seen) == 201
