@@ -123,6 +123,31 @@ def test_the_users_metrics_are_prefixed_logged_and_followed(tmp_path: Path) -> N
     assert trainer.engine.scheduler.best == 2.0
 
 
+def test_the_users_metric_decides_which_model_is_kept(tmp_path: Path) -> None:
+    """Step 1 is the best by the user's figure, though the loss goes on falling; its weights are those in the end."""
+    values = iter((9.0, 2.0, 5.0))
+    trainer = small_runs.trainer(
+        tmp_path / "run",
+        eval_dataset=small_runs.dataset(3),
+        compute_metrics=lambda found: {"quality": next(values)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="quality",
+        greater_is_better=True,
+    )
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert losses == sorted(losses, reverse=True)
+    assert trainer.state.best_global_step == 1
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-1")
+    trainer.evaluator.compute_metrics = None
+    assert trainer.evaluate()["eval_loss"] == losses[0]
+
+
 def test_the_progress_bar_of_transformers_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = small_runs.trainer(
         tmp_path / "run",
