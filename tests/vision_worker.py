@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import unset_hf_deepspeed_config
 
 from orpo_ds import ORPOTrainer, distributed
 from orpo_ds.export import full_state
@@ -40,6 +41,7 @@ def trained(folder: Path, family: str, **changes: Any) -> dict[str, Any]:
     before = full_state(trainer.model)
     trainer.train()
     evaluated = trainer.evaluate()
+    unset_hf_deepspeed_config()  # while one lives that says ZeRO-3, transformers makes the next model in shards
     return {
         "before": before,
         "after": full_state(trainer.model),
