@@ -20,9 +20,11 @@ DEMO = ["gguf>=0.17"]
 PLOT = ["matplotlib>=3.10"]  # orpo-ds plot
 # Processors of Qwen-VL and SmolVLM read videos too, and cannot be made without what that takes.
 VISION = ["num2words>=0.5", "pillow>=10", "torchvision>=0.25"]
+QLORA = ["bitsandbytes>=0.50"]
 TEST = [
     *DEMO,
     *PLOT,
+    *QLORA,
     "dashscope>=2.0",  # trl.experimental imports it
     "hypothesis>=6.100",
     "mistral-common>=1.13",  # Mistral's tokenizers in transformers
@@ -72,6 +74,7 @@ setup(
         "demo": DEMO,
         "gpu": ["flash-attn>=2.8.3"],
         "plot": PLOT,
+        "qlora": QLORA,
         "test": TEST,
         "vision": VISION,
     },

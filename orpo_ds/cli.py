@@ -76,7 +76,7 @@ def train(words: Sequence[str]) -> None:
         args,
         train_dataset=rows.train,
         eval_dataset=rows.test if args.do_eval else None,
-        peft_config=_adapters(script),
+        peft_config=script.peft_config(),
     )
     trainer.publisher.name_card(dataset_name=public_name(script))
     _train_and_save(trainer)
@@ -128,12 +128,20 @@ def plot(words: Sequence[str]) -> None:
     command.main(words)
 
 
+def merge(words: Sequence[str]) -> None:
+    """Merge adapters and their base model into one model folder."""
+    from orpo_ds import merge as command
+
+    command.run(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "validate": validate,
     "chat": chat,
     "status": status,
     "plot": plot,
+    "merge": merge,
 }
 
 
@@ -255,26 +263,17 @@ def _train_and_save(trainer: ORPOTrainer) -> None:
 
 def _merge_model_keywords(script: ScriptArguments, args: ORPOConfig) -> None:
     """The model's flags become keywords of `from_pretrained`."""
+    from orpo_ds.prepare import training_dtype
+
     keywords = args.model_keywords
     keywords.setdefault("revision", script.model_revision)
     keywords.setdefault("dtype", script.dtype)
     if script.attn_implementation is not None:
         keywords.setdefault("attn_implementation", script.attn_implementation)
+    quantization = script.quantization_config(dtype=training_dtype(args))
+    if quantization is not None:
+        keywords.setdefault("quantization_config", quantization)
     args.model_init_kwargs = keywords
-
-
-def _adapters(script: ScriptArguments) -> Any | None:
-    if not script.use_peft:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=script.lora_r,
-        lora_alpha=script.lora_alpha,
-        lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules,
-    )
 
 
 def _overview() -> str:

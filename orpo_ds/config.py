@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from orpo_ds import distributed, progress
+from orpo_ds.adapters import AdapterArguments
 from orpo_ds.data.truncate import TruncationMode
 from orpo_ds.deepspeed_json import read_deepspeed_config
 from orpo_ds.settings.checks import check_values
@@ -339,8 +340,8 @@ class ORPOConfig(DroppedFields, TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * distributed.world_size()
 
 
-@dataclass
-class ScriptArguments:
+@dataclass(kw_only=True)
+class ScriptArguments(AdapterArguments):
     """Which model and which data `orpo-ds train` loads: the names of TRL's scripts."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or hub id."})
@@ -379,11 +380,4 @@ class ScriptArguments:
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the padded layout and of generation."}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the model."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the layers that get an adapter. Unset: PEFT's choice."}
     )

@@ -10,6 +10,13 @@ import torch
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import enable_full_determinism
 
+from orpo_ds.adapters import (
+    add_adapters,
+    align_dtypes,
+    check_quantization,
+    has_adapters,
+    keep_quantised_weights,
+)
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.processing import ProcessingClass, tokenizer_of
 from orpo_ds.engine import check_offload
@@ -55,6 +62,7 @@ def prepare_model(
     else:
         set_seed(args.seed)
     keywords = args.model_keywords
+    check_quantization(keywords, zero_stage=args.zero_stage)
     if isinstance(model, str):
         dtype = keywords.pop("dtype", "auto")
         try:
@@ -83,7 +91,10 @@ def prepare_model(
     made.config.use_cache = False
     _warn_of_rounding(made, args)
     if peft_config is not None:
-        made = add_adapters(made, peft_config, args=args)
+        made = add_adapters(made, peft_config)
+    if has_adapters(made):
+        align_dtypes(made, training_dtype(args))
+        keep_quantised_weights(made)
     if args.disable_dropout:
         disable_dropout(made)
     if args.use_liger_kernel:
@@ -112,22 +123,6 @@ def training_dtype(args: ORPOConfig) -> torch.dtype:
     if args.bf16:
         return torch.bfloat16
     return torch.float16 if args.fp16 else torch.float32
-
-
-def add_adapters(model: PreTrainedModel, peft_config: Any, *, args: ORPOConfig) -> PreTrainedModel:
-    """Wrap the model with PEFT adapters in the dtype of the training.
-
-    PEFT would keep adapters in fp32 beside a bf16 model; ZeRO gathers parameters of one dtype (DeepSpeed #8072).
-    """
-    from peft import PeftModel, get_peft_config, get_peft_model
-
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "the model is a PeftModel already, and `peft_config` was passed: leave one of them out."
-        )
-    config = get_peft_config(dict(peft_config)) if isinstance(peft_config, dict) else peft_config
-    wrapped: Any = get_peft_model(model, config, autocast_adapter_dtype=not (args.bf16 or args.fp16))
-    return wrapped
 
 
 def prepare_processing(

@@ -10,6 +10,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from orpo_ds import distributed, progress
+from orpo_ds.adapters import has_adapters
 from orpo_ds.checkpoint import (
     CheckpointMetadata,
     CheckpointSaveError,
@@ -119,11 +120,15 @@ class RunCheckpoints:
         """
         earlier_best, state.best_model_checkpoint = state.best_model_checkpoint, self._best(state)
 
+        adapters_only = _adapters_only(engine)
+
         def write(folder: Path) -> None:
             if self.args.save_only_model:
                 self._write_model(engine, folder)
             else:
-                save_engine(engine.deepspeed, folder, scheduler=engine.scheduler)
+                save_engine(engine.deepspeed, folder, scheduler=engine.scheduler, only_trained=adapters_only)
+                if adapters_only:  # small, and so a checkpoint is a folder that PEFT loads
+                    self._write_model(engine, folder)
                 save_rank_state(folder, self.ranks)
             if distributed.is_main():
                 state.save_to_json(str(folder / TRAINER_STATE))
@@ -133,7 +138,9 @@ class RunCheckpoints:
                     (folder / STREAM_POSITION).write_text(json.dumps(position))
 
         try:
-            own = checkpoint_bytes(engine.deepspeed, only_model=self.args.save_only_model)
+            own = checkpoint_bytes(
+                engine.deepspeed, only_model=self.args.save_only_model, only_trained=adapters_only
+            )
             total = sum(self.ranks.all_gather(own))
             with progress.timed(f"Saving checkpoint-{state.global_step}"):
                 path = self.store.save(write, self._metadata(state), estimated_bytes=total)
@@ -194,7 +201,7 @@ class RunCheckpoints:
         Raises:
             ValueError: a stream has other rows than it had then.
         """
-        load_engine(engine.deepspeed, source, scheduler=engine.scheduler)
+        load_engine(engine.deepspeed, source, scheduler=engine.scheduler, only_trained=_adapters_only(engine))
         load_rank_state(source, self.ranks)
         if isinstance(self._dataset, TokenStream):
             place = json.loads((source / STREAM_POSITION).read_text())
@@ -230,7 +237,9 @@ class RunCheckpoints:
                     f"load_best_model_at_end: {best} is damaged ({'; '.join(problems)}). The trainer still holds the "
                     "model of the last step."
                 )
-            load_engine(engine.deepspeed, best, scheduler=engine.scheduler)
+            load_engine(
+                engine.deepspeed, best, scheduler=engine.scheduler, only_trained=_adapters_only(engine)
+            )
         if self.args.save_total_limit == 1:
             self.store.prune(keep=[best], keep_newest=False)
 
@@ -252,3 +261,8 @@ def _refuse_state_on_a_drive(args: ORPOConfig, *, resume: bool) -> None:
             f"{name}: with zero_optimization.offload_optimizer on nvme, DeepSpeed does not restore what it saves. Set "
             "save_only_model=True or save_strategy='no', or offload the optimizer to `cpu` to resume."
         )
+
+
+def _adapters_only(engine: Engine) -> bool:
+    """Whether the base model stays out of the checkpoint: it does not train, and the run has it anyway."""
+    return has_adapters(engine.deepspeed.module.model)

@@ -13,7 +13,7 @@ Two things DeepSpeed 0.19 does not do:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,19 @@ SCHEDULER_FILE = "scheduler.pt"
 class NotingWriter(CheckpointEngine):
     """Writes as DeepSpeed's `TorchCheckpointEngine` does, but notes an OSError instead of raising it."""
 
-    def __init__(self, inner: TorchCheckpointEngine) -> None:
+    def __init__(self, inner: TorchCheckpointEngine, *, left_out: Collection[str] = ()) -> None:
         self.name = inner.name
         self.inner = inner
+        self.left_out = tuple(left_out)  # parameters of the module that are not written
         self.failures: list[OSError] = []
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file."""
+        module = state_dict.get("module") if self.left_out else None
+        if module is not None:
+            # What belongs to a parameter, such as the scales of a quantised one, is named after it.
+            kept = {name: module[name] for name in module if not name.startswith(self.left_out)}
+            state_dict = state_dict | {"module": kept}
         self.noting(save_torch_file)(state_dict, path, zip_format=self.inner.zipfile_serialization)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
@@ -88,14 +94,15 @@ def check_engine(engine: DeepSpeedEngine) -> None:
         )
 
 
-def checkpoint_bytes(engine: DeepSpeedEngine, *, only_model: bool) -> int:
+def checkpoint_bytes(engine: DeepSpeedEngine, *, only_model: bool, only_trained: bool = False) -> int:
     """About what this rank adds to a checkpoint: weights, and optimizer state as far as it is in memory yet.
 
     Args:
         engine: any ZeRO stage.
         only_model: the weights alone.
+        only_trained: without the weights that do not train.
     """
-    weights = list(engine.module.parameters())
+    weights = [value for value in engine.module.parameters() if value.requires_grad or not only_trained]
     size = 0
     if engine.zero_optimization_partition_weights():
         # Of the weights that train, DeepSpeed stores the fp32 copy alone.
@@ -116,10 +123,11 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def save_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any) -> None:
+def save_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any, only_trained: bool = False) -> None:
     """Write parameters and optimizer state into `folder/engine`, the schedule beside it. All ranks call it.
 
-    The schedule is passed because the trainer steps it, not the engine.
+    The schedule is passed because the trainer steps it, not the engine. With `only_trained` the weights that do not
+    train are left out: whoever loads it has them.
 
     Raises:
         OSError: this rank could not write a file; every collective has been run, so no rank is left waiting.
@@ -128,11 +136,19 @@ def save_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any) -> Non
     """
     plain_writer = engine.checkpoint_engine
     assert isinstance(plain_writer, TorchCheckpointEngine), "check_engine was not called"
-    writer = NotingWriter(plain_writer)
+    left_out = [
+        # DeepSpeed's own way to leave them out forgets the second name of a tied weight.
+        name
+        for name, value in engine.module.named_parameters(remove_duplicate=False)
+        if only_trained and not value.requires_grad
+    ]
+    writer = NotingWriter(plain_writer, left_out=left_out)
     engine.checkpoint_engine = writer
     engine._copy_recovery_script = writer.noting(engine._copy_recovery_script)
     try:
-        engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        engine.save_checkpoint(
+            str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=only_trained
+        )
     except OSError as error:
         raise RuntimeError(f"DeepSpeed failed between two collectives of its save: {error}") from error
     finally:
@@ -144,13 +160,13 @@ def save_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any) -> Non
         save_torch_file(scheduler.state_dict(), folder / SCHEDULER_FILE)
 
 
-def load_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any) -> None:
+def load_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any, only_trained: bool = False) -> None:
     """Set a freshly made engine and schedule to a *verified* checkpoint. All ranks call it.
 
     Raises:
         RuntimeError: DeepSpeed loaded nothing.
     """
-    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_module_strict=not only_trained)
     if path is None:
         raise RuntimeError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
     if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
