@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "trl.md"
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 ROWS = [line for line in PAGE.read_text().splitlines() if re.match(r"\| (?!---)", line)]
-HEADS = {"TRL's page", "argument or method", "field", "report"}
+HEADS = {"TRL's page", "argument or method", "field", "form", "what is seen", "report"}
 
 
 def functions_in(path: Path) -> set[str]:
