@@ -149,6 +149,7 @@ def timed(desc: str) -> Iterator[None]:
         yield
     finally:
         said.cancel()
+        said.join()  # it may be writing at this moment, and its line comes first
     if (took := time.monotonic() - began) >= WORTH_SHOWING_SECONDS:
         _say(f"{desc}: done in {took:.0f} s")
 

@@ -37,8 +37,19 @@ def tensors(batch: MicroBatch) -> list[Tensor]:
     return found
 
 
+# Threads that other tests of this process have left to the garbage collector.
+EARLIER: set[int | None] = set()
+
+
+@pytest.fixture(autouse=True)
+def _know_earlier_threads() -> None:
+    EARLIER.clear()
+    EARLIER.update(thread.ident for thread in threading.enumerate())
+
+
 def prefetch_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("orpo_ds-prefetch")]
+    own = [thread for thread in threading.enumerate() if thread.ident not in EARLIER]
+    return [thread.name for thread in own if thread.name.startswith("orpo_ds-prefetch")]
 
 
 class WatchedBuild:
