@@ -12,7 +12,6 @@ model's own generation config unless a flag says otherwise.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +29,8 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from orpo_ds.data.processing import tokenizer_of
-from orpo_ds.model.load import load_model, load_processing, padding_id
+from orpo_ds.model.load import ADAPTER_CONFIG, load_model, load_processing, own_generation_config
 
-ADAPTER_CONFIG = "adapter_config.json"
 HELP = "/system TEXT: a system message · /reset: forget the conversation · /quit: end"
 
 Turn = dict[str, str]
@@ -75,12 +73,9 @@ class Talker:
                 f"the conversation has {width} tokens, and {self.name} has {limit} positions: /reset begins anew."
             )
         streamer = _Pieces(self.tokenizer, show)
-        config = copy.deepcopy(self.model.generation_config)
-        assert config is not None, "a model that generates has one"
-        if config.eos_token_id is None:
-            config.eos_token_id = self.tokenizer.eos_token_id
-        pad = padding_id(self.tokenizer, padding_value=None)
-        config.update(max_length=None, num_beams=1, pad_token_id=pad, **self.generation)
+        config = own_generation_config(
+            self.model, self.tokenizer, padding_value=None, num_beams=1, **self.generation
+        )
         model: Any = self.model  # generate comes from a mixin that annotations do not see
         with torch.inference_mode():
             model.generate(**inputs, generation_config=config, streamer=streamer)

@@ -8,7 +8,6 @@ prompt differ because the model does, and no random number is drawn.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from orpo_ds import distributed
 from orpo_ds.engine import Engine, release_gathered
 from orpo_ds.model.attention import AttentionChoice
-from orpo_ds.model.load import padding_id
+from orpo_ds.model.load import own_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +117,10 @@ class Generator:
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
         """The model's own generation config, greedy and with the cache that training turns off."""
-        config = copy.deepcopy(self.model.generation_config)
-        assert config is not None, "a model that generates has one"
-        ends = self.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
-        config.update(
+        return own_generation_config(
+            self.model,
+            self.tokenizer,
+            padding_value=self.padding_value,
             do_sample=False,
             num_beams=1,
             temperature=None,
@@ -129,14 +128,10 @@ class Generator:
             top_k=None,
             min_p=None,
             typical_p=None,
-            max_length=None,
             max_new_tokens=max_new_tokens,
             use_cache=True,
-            pad_token_id=padding_id(self.tokenizer, padding_value=self.padding_value),
-            eos_token_id=ends,
             return_dict_in_generate=False,
         )
-        return config
 
     def _room(self, prompts: Sequence[Sequence[int]]) -> int | None:
         """Positions that the model has left behind the longest prompt; None for as many as wanted."""

@@ -11,18 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from orpo_ds.model.load import load_model
+from orpo_ds.model.load import ADAPTER_CONFIG, load_model
 
-ADAPTER_CONFIG = "adapter_config.json"
 PARTIAL_NAME = ".tmp-merge"
-TABLES = (
-    "embed_tokens.weight",
-    "lm_head.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "embed_out.weight",
-    "shared.weight",
-)
 TOKENIZER_FILES = (  # copied as they are: loading and saving again may change them
     "tokenizer*",
     "special_tokens_map.json",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo_ds.data.packing import MicroBatch, TargetRows
-from orpo_ds.loss.odds_ratio import orpo_loss
+from orpo_ds.loss.odds_ratio import OrpoSums, orpo_loss
 from orpo_ds.loss.row_logits import LogitReader
 from orpo_ds.loss.token_logps import token_logps
 from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states
@@ -32,6 +32,23 @@ class Observer(Protocol):
 def alone(values: Tensor) -> Tensor:
     """The sum over the ranks of a job of one."""
     return values
+
+
+def loss_of_rows(
+    logps: Tensor, rows: TargetRows, *, beta: float, nll_tokens_total: int, pairs_total: int
+) -> OrpoSums:
+    """`orpo_loss` of the log-probs [R] of a micro-batch's target rows."""
+    return orpo_loss(
+        logps,
+        nll=rows.nll,
+        chosen_pair=rows.chosen_pair,
+        rejected_pair=rows.rejected_pair,
+        chosen_len=rows.chosen_len,
+        rejected_len=rows.rejected_len,
+        beta=beta,
+        nll_tokens_total=nll_tokens_total,
+        pairs_total=pairs_total,
+    )
 
 
 class TiledHead(nn.Module):
@@ -146,16 +163,8 @@ class OrpoPolicy(nn.Module):
         if count_only:
             return {}
         logps = self.head(hidden, rows, None if observe is None else partial(observe, batch))
-        terms = orpo_loss(
-            logps,
-            nll=rows.nll,
-            chosen_pair=rows.chosen_pair,
-            rejected_pair=rows.rejected_pair,
-            chosen_len=rows.chosen_len,
-            rejected_len=rows.rejected_len,
-            beta=self.beta,
-            nll_tokens_total=nll_tokens_total,
-            pairs_total=pairs_total,
+        terms = loss_of_rows(
+            logps, rows, beta=self.beta, nll_tokens_total=nll_tokens_total, pairs_total=pairs_total
         )
         loss, sums = terms.loss, dict(terms.sums)
         if own is not None and router_logits is not None:

@@ -26,7 +26,8 @@ from orpo_ds import distributed
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.data.sequences import FullSequence, full_sequences
 from orpo_ds.data.tokenize import TokenDataset
-from orpo_ds.loss import LogitReader, log_odds, orpo_loss
+from orpo_ds.loss import LogitReader, log_odds
+from orpo_ds.policy import loss_of_rows
 
 PADDING = -100  # as in transformers: fills up sequences that are shorter than others
 PROBE_POSITIONS = 4
@@ -246,17 +247,7 @@ def pair_losses(
     rows, pairs = batch.rows, len(batch.pair_ids)
     if not pairs:
         return logps.new_zeros(0)
-    alone = orpo_loss(
-        logps,
-        nll=rows.nll,
-        chosen_pair=rows.chosen_pair,
-        rejected_pair=rows.rejected_pair,
-        chosen_len=rows.chosen_len,
-        rejected_len=rows.rejected_len,
-        beta=beta,
-        nll_tokens_total=1,
-        pairs_total=1,
-    )
+    alone = loss_of_rows(logps, rows, beta=beta, nll_tokens_total=1, pairs_total=1)
     odds = torch.nn.functional.logsigmoid(log_odds(alone.chosen_logps, alone.rejected_logps))
     places = int(max(sequence.places[-1] for both in sequences for sequence in both)) + 1
     owner = torch.zeros(places, dtype=torch.int64)

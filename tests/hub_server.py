@@ -1,12 +1,12 @@
 """A hub of one's own on the loopback interface: what `huggingface_hub` 2.4 asks for, kept in memory.
 
 `create_repo`, `upload_folder`, `from_pretrained("user/model", revision=…)`, `load_dataset("user/pairs", config, split)`
-and streaming from it work unmodified in a process that was started with `HubServer.environment(...)`: `HF_ENDPOINT`
+and streaming from it work unmodified in a process of `HubServer.run` or with its `environment(...)`: `HF_ENDPOINT`
 is read when `huggingface_hub` is imported, so a test cannot point its own process here.
 
     with HubServer() as hub:
         hub.add_dataset("user/pairs", {"math/train.jsonl": b"..."})
-        subprocess.run([sys.executable, "-c", script], env=hub.environment(cache=tmp_path / "cache"))
+        hub.run(script, cache=tmp_path / "cache")
         assert hub.files("user/trained")["config.json"]
 
 Uploads take the paths of the real hub: small text goes into the commit itself, weights through git-LFS (the server
@@ -20,6 +20,8 @@ import base64
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from tests.environment import without_rendezvous
 from tests.hub_repo import Commit, HubError, Repo, paths_info, read_folder, tree, upload_modes
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 USER = "user"
 # The shape of a real token, so that what redacts by shape is tested too.
 TOKEN = "hf_TestsOwnTokenThatNobodyElseHas00"
@@ -105,6 +108,23 @@ class HubServer:
             name: value for name, value in without_rendezvous().items() if not name.startswith("HF_")
         }
         return inherited | ours | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+    def run(self, script: str, *words: object, cache: Path) -> subprocess.CompletedProcess[str]:
+        """Run a Python script in the repository, in a process for which this is the hub; the caller judges its status.
+
+        Args:
+            script: its text.
+            words: its arguments.
+            cache: as in `environment`.
+        """
+        return subprocess.run(
+            [sys.executable, "-c", script, *map(str, words)],
+            cwd=REPOSITORY,
+            env=self.environment(cache=cache),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     # ------------------------------------------------------------------ what a test puts in and looks at
 

@@ -1,8 +1,6 @@
 """The tests' own hub holds what the real one's clients expect of it: their libraries load from it unmodified."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from tests import small_runs
@@ -56,14 +54,7 @@ def test_clients_load_and_upload(tmp_path: Path) -> None:
             "math/test.jsonl": b"\n".join(lines[1:]),
         }
         hub.add_dataset("user/pairs", files)
-        answer = subprocess.run(
-            [sys.executable, "-c", CLIENT, folder, TOKEN],
-            cwd=small_runs.REPOSITORY,
-            env=hub.environment(cache=tmp_path / "cache"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        answer = hub.run(CLIENT, folder, TOKEN, cache=tmp_path / "cache")
         assert answer.returncode == 0, answer.stderr
         questions = [row["prompt"][0]["content"] for row in small_runs.rows(2)]
         assert answer.stdout.split("\n") == [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +151,7 @@ def test_a_hub_dataset_with_configurations(tmp_path: Path) -> None:
             "prose.jsonl": lines(20, 2),
         }
         hub.add_dataset("user/pairs", {"README.md": CARD.encode(), **files})
-        answer = subprocess.run(
-            [sys.executable, "-c", CLIENT],
-            cwd=small_runs.REPOSITORY,
-            env=hub.environment(cache=tmp_path / "cache"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        answer = hub.run(CLIENT, cache=tmp_path / "cache")
     assert answer.returncode == 0, answer.stderr
     lines_out = answer.stdout.splitlines()
     assert lines_out[:6] == 2 * ["0 1 2", "11", "20 21"]

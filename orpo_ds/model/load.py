@@ -6,6 +6,7 @@ loads only its shard. A model object that the user made is taken as it is.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +30,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from orpo_ds.data.processing import ProcessingClass
+
+ADAPTER_CONFIG = "adapter_config.json"  # in a folder of PEFT adapters
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +136,25 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, *, padding_value: int | None)
     raise ValueError(
         f"tokenizer {tokenizer.name_or_path!r} has neither a pad nor an eos token. Set `padding_value` to a token id."
     )
+
+
+def own_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, padding_value: int | None, **changes: Any
+) -> GenerationConfig:
+    """A copy of the model's own generation config that ends and pads, without its limit on the whole length.
+
+    Args:
+        model: one that generates.
+        tokenizer: of the model; its end-of-text token serves where the config names none.
+        padding_value: see `padding_id`.
+        changes: further fields.
+    """
+    config = copy.deepcopy(model.generation_config)
+    assert config is not None, "a model that generates has one"
+    ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    pad = padding_id(tokenizer, padding_value=padding_value)
+    config.update(max_length=None, eos_token_id=ends, pad_token_id=pad, **changes)
+    return config
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

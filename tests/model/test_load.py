@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -255,14 +254,7 @@ def test_revision_of_model_and_tokenizer(tmp_path: Path) -> None:
         hub.add_model("user/model", main)
         hub.add_model("user/model", other, revision="other")
         words = small_runs.command_line(tmp_path, model_name_or_path="user/model", max_steps=1)
-        answer = subprocess.run(
-            [sys.executable, "-c", HUB_SCRIPT, *words],
-            cwd=small_runs.REPOSITORY,
-            env=hub.environment(cache=tmp_path / "cache"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        answer = hub.run(HUB_SCRIPT, *words, cache=tmp_path / "cache")
     assert answer.returncode == 0, answer.stderr
     assert "status 2" in answer.stdout
     assert "none-such" in answer.stderr
