@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 from orpo_ds import distributed, progress
 from orpo_ds.adapters import AdapterArguments
 from orpo_ds.data.truncate import TruncationMode
-from orpo_ds.deepspeed_json import read_deepspeed_config
+from orpo_ds.deepspeed_json import read_deepspeed_config, settle_host_groups
 from orpo_ds.settings.checks import check_values
 from orpo_ds.settings.dropped import DROPPED, DroppedFields, take_dropped
 
@@ -198,6 +198,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         self.report_to = "none" if self.report_to is None else self.report_to
         distributed.start_process_group(timeout_s=self.ddp_timeout, backend=self.ddp_backend)
+        settle_host_groups(settings, distributed.ranks_of_hosts)
         if distributed.is_main():
             for warning in taken:
                 logger.warning(warning)

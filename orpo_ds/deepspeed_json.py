@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,28 @@ def read_deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]
             f"{path}: expected a JSON object of DeepSpeed settings, found {type(config).__name__}."
         )
     return {**NO_ZERO, **config}
+
+
+def settle_host_groups(settings: dict[str, Any], ranks_of_hosts: Callable[[], list[int]]) -> None:
+    """Fill `zero_hpz_partition_size: "auto"`: the ranks of a host; one host alone has no network to spare.
+
+    Args:
+        settings: the DeepSpeed settings; changed in place.
+        ranks_of_hosts: tells the number of ranks on each host; asked only where there is something to fill.
+
+    Raises:
+        ValueError: the hosts do not have equally many ranks.
+    """
+    zero = settings["zero_optimization"]
+    if zero.get("zero_hpz_partition_size") != "auto":
+        return
+    ranks = ranks_of_hosts()
+    if len(set(ranks)) > 1:
+        raise ValueError(
+            f"zero_optimization.zero_hpz_partition_size is auto, but the hosts have {ranks} ranks: start equally many "
+            "on each, or write a number that divides all of them."
+        )
+    zero["zero_hpz_partition_size"] = ranks[0] if len(ranks) > 1 else 1
 
 
 def _find_preset(source: str) -> Path:

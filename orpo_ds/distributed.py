@@ -10,6 +10,7 @@ import atexit
 import datetime
 import os
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -91,6 +92,11 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of processes in the job; 1 outside of one."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def ranks_of_hosts() -> list[int]:
+    """Number of ranks on each host of the job. Collective."""
+    return list(Counter(gather_objects(socket.gethostname())).values())
 
 
 def is_main() -> bool:

@@ -116,33 +116,6 @@ def deepspeed_settings(args: ORPOConfig, model: nn.Module, *, total_steps: int) 
     return config
 
 
-def check_offload(zero: dict[str, Any]) -> None:
-    """Refuse NVMe offload where libaio or the folder is missing, before a model is loaded.
-
-    Args:
-        zero: `zero_optimization` of the DeepSpeed JSON.
-
-    Raises:
-        ValueError: names the JSON's key.
-    """
-    for part in ("offload_optimizer", "offload_param"):
-        target = zero.get(part) or {}
-        if target.get("device") != "nvme":
-            continue
-        path = target.get("nvme_path")
-        if not path or path == "auto":
-            raise ValueError(
-                f"zero_optimization.{part}.device is nvme: set {part}.nvme_path to a folder on the drive."
-            )
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise ValueError(
-                f"zero_optimization.{part}.device is nvme, but DeepSpeed's asynchronous IO does not build here: "
-                "install libaio's headers (Debian: apt-get install libaio-dev), or offload to `cpu`."
-            )
-
-
 def make_optimizer(policy: OrpoPolicy, args: ORPOConfig, *, offloaded: bool) -> torch.optim.Optimizer:
     """The optimizer that `args.optim` names; AdamW becomes DeepSpeed's CPU AdamW where its state is offloaded."""
     decayed = set(get_parameter_names(policy, [nn.LayerNorm], NOT_DECAYED))

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SHARED_MEMORY_COLLECTIVES = "ShareMemCommBuilder"  # DeepSpeed's all-reduce between the ranks of one CPU host
 CPU_ADAM = "CPUAdamBuilder"
+QUANTIZER = "QuantizerBuilder"  # CUDA; of ZeRO++
 
 
 def ready(builder_name: str) -> None:

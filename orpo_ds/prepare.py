@@ -19,7 +19,6 @@ from orpo_ds.adapters import (
 )
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.processing import ProcessingClass, tokenizer_of
-from orpo_ds.engine import check_offload
 from orpo_ds.model.compiled import use_liger_layers
 from orpo_ds.model.load import (
     check_vocabulary,
@@ -31,6 +30,7 @@ from orpo_ds.model.load import (
     use_chat_template,
 )
 from orpo_ds.monitor.bars import of_libraries
+from orpo_ds.zero_options import check_zero_options
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ def prepare_model(
 
     Raises:
         ValueError: neither or both of `model` and `model_init`, `model_init_kwargs` for a ready-made model, or a model
-            that cannot be loaded; NVMe offload that this machine cannot do.
+            that cannot be loaded; an option of ZeRO that cannot train here.
     """
     if (model is None) == (model_init is None):
         raise ValueError("pass either `model` (an object, a folder or a hub id) or `model_init`.")
-    check_offload(args.deepspeed_settings.get("zero_optimization", {}))
+    check_zero_options(args.deepspeed_settings.get("zero_optimization", {}), world_size=args.world_size)
     if args.full_determinism:
         enable_full_determinism(args.seed)
     else:

@@ -32,6 +32,7 @@ from orpo_ds.engine import Engine, release_gathered
 from orpo_ds.export import save_pretrained
 from orpo_ds.monitor.wandb import copy_run_id
 from orpo_ds.redact import redact
+from orpo_ds.zero_options import keeps_adam_to_itself
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class RunCheckpoints:
         args = self.args
         self._dataset = dataset
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        _refuse_state_on_a_drive(args, resume=bool(resume))
+        _refuse_state_out_of_reach(args, resume=bool(resume))
         source = resolve_resume(resume, args.run_dir, ranks=self.ranks) if resume else None
         claim_output_dir(
             args.run_dir,
@@ -244,22 +245,19 @@ class RunCheckpoints:
             self.store.prune(keep=[best], keep_newest=False)
 
 
-def _refuse_state_on_a_drive(args: ORPOConfig, *, resume: bool) -> None:
-    """DeepSpeed 0.19 writes an optimizer state that lies on a drive, and loads neither it nor the weights again.
-
-    It says nothing of it: the run would go on from the weights that it started with.
-    """
-    offload = args.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device")
+def _refuse_state_out_of_reach(args: ORPOConfig, *, resume: bool) -> None:
+    """Refuse checkpoints that lack the optimizer: the run would go on from another, and nothing would say so."""
+    option = keeps_adam_to_itself(args.deepspeed_settings["zero_optimization"])
     saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
-    if offload == "nvme" and (resume or saves):
+    if option is not None and (resume or saves):
         name = (
             "resume_from_checkpoint"
             if resume
             else f"save_strategy={SaveStrategy(args.save_strategy).value!r}"
         )
         raise ValueError(
-            f"{name}: with zero_optimization.offload_optimizer on nvme, DeepSpeed does not restore what it saves. Set "
-            "save_only_model=True or save_strategy='no', or offload the optimizer to `cpu` to resume."
+            f"{name}: with zero_optimization.{option}, DeepSpeed does not restore the optimizer that it saves. Set "
+            "save_only_model=True or save_strategy='no', or offload the optimizer to `cpu` alone to resume."
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import Trainer
 
-from orpo_ds.engine import build_engine, check_offload, deepspeed_settings, gradient_norm, make_optimizer
+from orpo_ds.engine import build_engine, deepspeed_settings, gradient_norm, make_optimizer
 from orpo_ds.policy import OrpoPolicy
 from tests import small_runs
 from tests.tiny_models import FAMILIES
@@ -172,14 +172,3 @@ def test_no_norm_before_the_first_step(tmp_path: Path) -> None:
     engine = build_engine(policy_of(), args=small_runs.settings(tmp_path, deepspeed="zero0"), total_steps=1)
     assert gradient_norm(engine.deepspeed) is None
     engine.deepspeed.destroy()
-
-
-@pytest.mark.parametrize("zero", [{}, {"offload_optimizer": {"device": "cpu"}}, {"offload_param": None}])
-def test_offload_to_memory_needs_nothing(zero: dict[str, Any]) -> None:
-    check_offload(zero)
-
-
-@pytest.mark.parametrize("path", [{}, {"nvme_path": None}, {"nvme_path": "auto"}])
-def test_nvme_needs_a_folder(path: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"offload_param\.nvme_path"):
-        check_offload({"offload_param": {"device": "nvme", **path}})
