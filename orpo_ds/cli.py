@@ -135,6 +135,20 @@ def merge(words: Sequence[str]) -> None:
     command.run(words)
 
 
+def preflight(words: Sequence[str]) -> None:
+    """Check this host, or all hosts of a run, before its start."""
+    from orpo_ds.cluster import preflight as command
+
+    command.main(words)
+
+
+def launch(words: Sequence[str]) -> None:
+    """Train on every host of a hostfile: orpo-ds launch HOSTFILE --config run.yaml."""
+    from orpo_ds.cluster import launch as command
+
+    command.main(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "validate": validate,
@@ -142,6 +156,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "status": status,
     "plot": plot,
     "merge": merge,
+    "preflight": preflight,
+    "launch": launch,
 }
 
 

@@ -1,15 +1,11 @@
 #!/usr/bin/env bash
-# Start a run on every host of a DeepSpeed hostfile, from any one of them:
+# Start a run on every host of a DeepSpeed hostfile, from any machine that reaches them by ssh:
 #
 #   launch/deepspeed/train.sh HOSTFILE --config run.yaml [--any_field value …]
 #
-# HOSTFILE has a line `host slots=GPUS` for every host. All hosts need the same environment and see the same files.
+# HOSTFILE has a line `host slots=GPUS` for every host. The hosts are checked first (--no_preflight: not), a lost host
+# ends the run within seconds, and the exit status is the ranks' (85: preempted and saved). docs/cluster.md says more;
+# `launch/deepspeed/train.sh --help` lists the options.
 set -euo pipefail
 
-hostfile=${1:?usage: train.sh HOSTFILE --config run.yaml [--any_field value …]}
-shift
-
-# A host that loses power leaves pdsh on its dead ssh for minutes; a missing heartbeat ends it within seconds.
-export PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:-"-o ServerAliveInterval=3 -o ServerAliveCountMax=2"}
-
-exec deepspeed --hostfile "$hostfile" --launcher pdsh --module orpo_ds train "$@"
+exec python -m orpo_ds launch "$@"
