@@ -149,6 +149,13 @@ def launch(words: Sequence[str]) -> None:
     command.main(words)
 
 
+def supervise(words: Sequence[str]) -> None:
+    """Start a training again until it is done: after a preemption, a crash, a lost machine."""
+    from orpo_ds.cluster import supervise as command
+
+    command.main(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "validate": validate,
@@ -158,6 +165,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "merge": merge,
     "preflight": preflight,
     "launch": launch,
+    "supervise": supervise,
 }
 
 

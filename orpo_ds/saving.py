@@ -24,6 +24,7 @@ from orpo_ds.checkpoint import (
     verify,
 )
 from orpo_ds.checkpoint.engine_state import checkpoint_bytes, load_engine, save_engine
+from orpo_ds.checkpoint.resume import AUTO
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.data.token_stream import TokenStream
@@ -75,12 +76,14 @@ class RunCheckpoints:
         args = self.args
         self._dataset = dataset
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        _refuse_state_out_of_reach(args, resume=bool(resume))
+        may_start = str(resume).lower() == AUTO
+        _refuse_state_out_of_reach(args, resume=bool(resume) and not may_start)
         source = resolve_resume(resume, args.run_dir, ranks=self.ranks) if resume else None
         claim_output_dir(
             args.run_dir,
             resume_from=source,
             overwrite_output_dir=args.overwrite_output_dir,
+            started_before=may_start and source is None,
             ranks=self.ranks,
         )
         self.store.clean_up()

@@ -76,8 +76,8 @@ class ORPOTrainer(TrainerBase):
         """Train to the end, or continue a run.
 
         Args:
-            resume_from_checkpoint: True continues from the newest good checkpoint in `output_dir`; a path from that
-                one. By default `args.resume_from_checkpoint`.
+            resume_from_checkpoint: True continues from the newest good checkpoint in `output_dir`; "auto" as well, or
+                starts where there is none; a path from that one. By default `args.resume_from_checkpoint`.
             trial: must be None: hyperparameter search is not offered.
             ignore_keys_for_eval: `ignore_keys` of the evaluations.
 

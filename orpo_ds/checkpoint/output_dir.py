@@ -12,6 +12,7 @@ from orpo_ds.monitor.run_state import RUN_STATE_FILE
 
 logger = logging.getLogger(__name__)
 
+WANDB_RUN_FILES = "wandb_run*.json"
 # What a run writes into its output folder. Everything else in there (run.yaml, notes, logs) is the user's.
 RUN_PRODUCTS = (
     "metrics.jsonl",
@@ -21,7 +22,7 @@ RUN_PRODUCTS = (
     "all_results.json",
     "train_results.json",
     "eval_results.json",
-    "wandb_run*.json",
+    WANDB_RUN_FILES,
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*.bin*",
@@ -45,7 +46,12 @@ NAMES_SHOWN = 5
 
 
 def claim_output_dir(
-    output_dir: str | Path, *, resume_from: Path | None, overwrite_output_dir: bool, ranks: Ranks
+    output_dir: str | Path,
+    *,
+    resume_from: Path | None,
+    overwrite_output_dir: bool,
+    started_before: bool = False,
+    ranks: Ranks,
 ) -> None:
     """Make sure that `output_dir` is free for this run. Collective; makes the folder if need be.
 
@@ -55,6 +61,8 @@ def claim_output_dir(
             in `output_dir`, what is there is this run's own.
         overwrite_output_dir: move an older run's results into `output_dir/previous-<time>` instead of
             refusing. Nothing is deleted, and files that no run writes stay where they are.
+        started_before: what is there are the remains of this very run, which ended before its first checkpoint
+            (`resume_from_checkpoint="auto"`): they are moved as well, and it keeps its W&B run.
         ranks: this rank and its collective.
 
     Raises:
@@ -64,21 +72,22 @@ def claim_output_dir(
     if resume_from is not None and resume_from.resolve().parent == output_dir.resolve():
         return
     try:
-        on_main(ranks, lambda: _claim_on_main(output_dir, overwrite_output_dir))
+        on_main(ranks, lambda: _claim_on_main(output_dir, overwrite_output_dir, started_before))
     except TogetherError as error:
         raise ValueError(str(error)) from None
 
 
-def _claim_on_main(output_dir: Path, overwrite_output_dir: bool) -> None:
+def _claim_on_main(output_dir: Path, overwrite_output_dir: bool, started_before: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     found = sorted(
         path
         for path in {path for pattern in RUN_PRODUCTS for path in output_dir.glob(pattern)}
-        if path.name != CARD_NAME or is_own_card(path)
+        if (path.name != CARD_NAME or is_own_card(path))
+        and not (started_before and path.match(WANDB_RUN_FILES))
     )
     if not found:
         return
-    if not overwrite_output_dir:
+    if not (overwrite_output_dir or started_before):
         shown = ", ".join(path.name for path in found[:NAMES_SHOWN])
         more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
         raise ValueError(

@@ -1,7 +1,8 @@
 """From `resume_from_checkpoint` to a checkpoint that may be loaded, or an error that says why there is none.
 
 DeepSpeed starts from scratch, with one line in the log, when it finds nothing to load. A run that was asked
-to continue and cannot is an error here.
+to continue and cannot is an error here. Only `auto` may start from nothing, for a chain of jobs: its first start and
+its restarts are the same command.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from orpo_ds.checkpoint.ranks import Ranks, on_main
 from orpo_ds.checkpoint.store import CheckpointStore, numbered_folders
 
 logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # continue if there is a checkpoint, else start
 
 # What a run must share with its checkpoint, and what to do about it.
 COMPARED_BY_NAME = {
@@ -70,13 +73,14 @@ def resolve_resume(
 
     Args:
         resume_from_checkpoint: True (or "true", as a command line says it) for the newest good checkpoint in
-            `output_dir`; newer broken ones are skipped with a warning that names them. Or the path of one
-            checkpoint.
+            `output_dir`; newer broken ones are skipped with a warning that names them. "auto" for the same, or
+            for none where nothing was saved yet. Or the path of one checkpoint.
         output_dir: the run's output folder.
         ranks: this rank and its collective.
 
     Returns:
-        The folder, the same on every rank; None when no resume was asked for (False, None, "false").
+        The folder, the same on every rank; None when no resume was asked for (False, None, "false") or there is
+        nothing yet ("auto").
 
     Raises:
         ValueError: on all ranks, when there is nothing to continue from, or the named checkpoint is not good;
@@ -86,10 +90,12 @@ def resolve_resume(
     wish = str(resume_from_checkpoint).lower()
     if wish in ("false", "none"):
         return None
-    if wish == "true":
+    if wish in ("true", AUTO):
         store = CheckpointStore(output_dir, save_total_limit=None, ranks=ranks)
         store.clean_up()  # may bring back a checkpoint that was being replaced when the run died
         newest = store.latest_good()
+        if newest is None and wish == AUTO and not on_main(ranks, lambda: numbered_folders(output_dir)):
+            return None
         if newest is None:
             raise ValueError(_nothing_to_resume(output_dir, ranks))
         return newest

@@ -134,12 +134,13 @@ class OrpoWandbCallback(Background, ModelArtifact):  # type: ignore[misc]
         """Start or continue the run, then let transformers fill it. Called in the background thread."""
         # Without `_wandb` the callback does nothing: a start that fails is not tried again at every log.
         wandb, self._wandb = self._wandb, None  # type: ignore[assignment]
-        is_resume = state.global_step > 0
+        # Without a step done, it is there after a start that ended before its first checkpoint.
+        continues = state.global_step > 0 or self._run_file().is_file()
         wishes: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", args.project),
             "name": args.run_name,
             "dir": os.environ.get("WANDB_DIR", str(self.output_dir)),
-            "id": os.environ.get("WANDB_RUN_ID") or (self._saved_id() if is_resume else None),
+            "id": os.environ.get("WANDB_RUN_ID") or (self._saved_id() if continues else None),
             "resume": "allow",
             "config": redact({**self.facts(), **source_facts()}),
         }

@@ -40,7 +40,7 @@ _CHECKPOINTS: tuple[Claim, ...] = (
     not_built("enable_jit_checkpoint", "a checkpoint when the cluster takes the machine back"),
     Honoured(
         "resume_from_checkpoint",
-        "True: the newest good one in `output_dir`; a path: that one.",
+        "True: the newest good one in `output_dir`; `auto`: the same, or a new run where none is; a path: that one.",
         "tests/test_cli.py::test_resume_by_flag",
     ),
     Honoured(

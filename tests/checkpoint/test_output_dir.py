@@ -43,6 +43,18 @@ def test_another_runs_results_are_an_error_that_names_them(tmp_path: Path, name:
         assert expected in str(error.value)
 
 
+def test_the_remains_of_an_earlier_start_are_moved_and_its_wandb_run_stays(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "wandb_run.json").write_text("{}\n")
+    claim_output_dir(
+        tmp_path, resume_from=None, overwrite_output_dir=False, started_before=True, ranks=one_rank()
+    )
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "wandb_run.json").exists()
+    [moved] = tmp_path.glob("previous-*/metrics.jsonl")
+    assert moved.read_text() == '{"step": 1}\n'
+
+
 def test_a_refused_folder_is_as_it_was(tmp_path: Path) -> None:
     before = content_of(used_folder(tmp_path))
     with pytest.raises(ValueError):

@@ -28,6 +28,15 @@ def test_no_wish_no_checkpoint(output_dir: Path, wish: bool | str | None) -> Non
     assert resolve_resume(wish, output_dir, ranks=one_rank()) is None
 
 
+def test_auto_continues_or_starts(output_dir: Path) -> None:
+    assert resolve_resume("auto", output_dir, ranks=one_rank()) == output_dir / "checkpoint-100"
+    assert resolve_resume("auto", output_dir / "new", ranks=one_rank()) is None
+    for step in (9, 10, 100):  # whoever has trained so far must not lose it in silence
+        flip_byte(output_dir / f"checkpoint-{step}" / "engine/weights.pt", position=3)
+    with pytest.raises(ValueError, match="all are broken"):
+        resolve_resume("auto", output_dir, ranks=one_rank())
+
+
 def test_a_newer_broken_one_is_named_and_skipped(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     flip_byte(output_dir / "checkpoint-100" / "engine/weights.pt", position=3)
     with caplog.at_level(logging.WARNING):

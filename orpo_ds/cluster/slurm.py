@@ -1,0 +1,66 @@
+"""What we ask of SLURM, by its own commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+
+class SlurmError(RuntimeError):
+    """A command of SLURM failed; has its own words."""
+
+
+def this_job() -> str:
+    """Id of the batch job that this process runs in; for a task of an array `ARRAY_TASK`.
+
+    Such a task has a plain id as well. But the plain id of one of them is that of the whole array, and to requeue it
+    requeues them all (seen with SLURM 22.05).
+
+    Raises:
+        ValueError: it runs in none.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        raise ValueError("SLURM_JOB_ID is not set: this is not a batch job of SLURM.")
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return job if array is None else f"{array}_{task}"
+
+
+def run(*words: str) -> str:
+    """Standard output of a command of SLURM.
+
+    Raises:
+        SlurmError: the command is not there, or failed.
+    """
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise SlurmError(
+            f"{words[0]}: there is no such command here. Is this a host of a SLURM cluster?"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]}: no answer from SLURM within 60 s") from None
+    if answer.returncode != 0:
+        raise SlurmError(f"{' '.join(words)}: {answer.stderr.strip() or answer.stdout.strip()}")
+    return answer.stdout
+
+
+def facts(job: str) -> dict[str, str]:
+    """What `scontrol show job` says, by name."""
+    return dict(re.findall(r"(\w+)=(\S*)", run("scontrol", "--oneliner", "show", "job", job)))
+
+
+def is_ending(job: str) -> bool:
+    """Whether SLURM ends a job whose script still runs: it was cancelled or requeued, a node died, the time is up."""
+    return facts(job)["JobState"] != "RUNNING"
+
+
+def time_is_up(job: str) -> bool:
+    """Whether SLURM ends a job because it has reached its time limit."""
+    return is_ending(job) and facts(job)["Reason"] == "TimeLimit"
+
+
+def requeue(job: str) -> None:
+    """Put a job back into the queue; it keeps its id and starts its script again."""
+    run("scontrol", "requeue", job)
