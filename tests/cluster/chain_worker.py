@@ -1,6 +1,6 @@
 """A small training that may be started again and again: what a chain of starts is tested with.
 
-    python -m tests.cluster.chain_worker FOLDER [--kill START:STEP …]
+    python -m tests.cluster.chain_worker FOLDER [START:STEP …]
 
 Trains FOLDER/model into FOLDER/run with W&B offline, whatever launcher started the ranks, and writes the trained
 parameters to FOLDER/trained.pt. In start number START (from 1) every rank kills itself at the end of step STEP.
@@ -44,9 +44,8 @@ def number_of_start(folder: Path) -> int:
     return len((folder / "starts").read_text())
 
 
-def train(folder: Path, callback: TrainerCallback, **changes: Any) -> None:
+def train(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> None:
     """One start of the training."""
-    torch.use_deterministic_algorithms(True)
     fields: dict[str, Any] = {
         "model": str(folder / "model"),
         "pairs": PAIRS,
@@ -57,7 +56,7 @@ def train(folder: Path, callback: TrainerCallback, **changes: Any) -> None:
         "disable_dropout": False,
         "report_to": "wandb",
         "resume_from_checkpoint": "auto",
-        "callbacks": [callback],
+        "callbacks": callbacks,
     }
     trainer = small_runs.trainer(folder / "run", **fields | changes)
     trainer.train()
@@ -68,6 +67,7 @@ def train(folder: Path, callback: TrainerCallback, **changes: Any) -> None:
 
 def main(folder: Path, kills: dict[int, int]) -> None:
     """See the module."""
+    torch.use_deterministic_algorithms(True)
     distributed.start_process_group(timeout_s=60)
     train(folder, Kill(kills.get(number_of_start(folder))))
 
