@@ -21,8 +21,10 @@ PLOT = ["matplotlib>=3.10"]  # orpo-ds plot
 # Processors of Qwen-VL and SmolVLM read videos too, and cannot be made without what that takes.
 VISION = ["num2words>=0.5", "pillow>=10", "torchvision>=0.25"]
 QLORA = ["bitsandbytes>=0.50"]
+LOW_RANK = ["apollo-torch>=1.0.3", "galore-torch>=1.0"]
 TEST = [
     *DEMO,
+    *LOW_RANK,
     *PLOT,
     *QLORA,
     "dashscope>=2.0",  # trl.experimental imports it
@@ -73,6 +75,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "gpu": ["flash-attn>=2.8.3"],
+        "low-rank": LOW_RANK,
         "plot": PLOT,
         "qlora": QLORA,
         "test": TEST,

@@ -21,6 +21,7 @@ from orpo_ds import distributed, progress
 from orpo_ds.adapters import AdapterArguments
 from orpo_ds.data.truncate import TruncationMode
 from orpo_ds.deepspeed_json import read_deepspeed_config, settle_host_groups
+from orpo_ds.low_rank import check_low_rank
 from orpo_ds.settings.checks import check_values
 from orpo_ds.settings.dropped import DROPPED, DroppedFields, take_dropped
 
@@ -209,6 +210,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
         self.use_cpu = use_cpu
         self.accelerator_config = None  # filled with accelerate's defaults by now, and nothing reads it
         self._refuse_mismatches()
+        check_low_rank(self)
 
     def _refuse_mismatches(self) -> None:
         """Say at once what transformers found when it compared the two, and would say after the model is loaded."""

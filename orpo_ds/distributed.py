@@ -70,6 +70,18 @@ def start_process_group(*, timeout_s: int, backend: str | None = None) -> None:
     )
     if backend == "gloo":
         atexit.register(_remove_shared_memory)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Join gloo's threads while Python is whole.
+
+    One that still holds the tensors of the last collective asks for Python's lock to free them. Where Python is being
+    torn down at that moment the process ends with "terminate called without an active exception" and status -6, after
+    all its work is done (pytorch #179291).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _remove_shared_memory() -> None:

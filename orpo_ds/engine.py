@@ -25,6 +25,7 @@ from orpo_ds import native_ops
 from orpo_ds.config import ORPOConfig
 from orpo_ds.experts import keep_ranks_in_step
 from orpo_ds.host_memory import give_back_after_backward
+from orpo_ds.low_rank import adam_numbers, with_projections
 from orpo_ds.policy import OrpoPolicy
 
 # Biases and norms are not decayed: transformers' own rule (Trainer.get_decay_parameter_names).
@@ -110,7 +111,8 @@ def deepspeed_settings(args: ORPOConfig, model: nn.Module, *, total_steps: int) 
     config.setdefault("gradient_clipping", args.max_grad_norm)
     config.setdefault("bf16", {}).setdefault("enabled", bool(args.bf16))
     config.setdefault("fp16", {}).setdefault("enabled", args.fp16)
-    # transformers offers optimizers that DeepSpeed has not tested with ZeRO; all of them step elementwise partitions.
+    # transformers offers optimizers that DeepSpeed has not tested with ZeRO; those that step more than element by
+    # element are refused there (low_rank.py).
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
@@ -138,7 +140,7 @@ def make_optimizer(policy: OrpoPolicy, args: ORPOConfig, *, offloaded: bool) -> 
     kind, keywords = _of_transformers(args, policy.model)
     if kind is torch.optim.AdamW:
         keywords["fused"] = True  # the same update, in one pass over the memory
-    return kind(groups, **keywords)
+    return kind(with_projections(groups, keywords), **keywords | adam_numbers(args))
 
 
 def _of_transformers(args: ORPOConfig, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:

@@ -205,10 +205,7 @@ _OPTIMIZER: tuple[Claim, ...] = (
                 ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
                 "it swaps the weights for each evaluation and save, which ZeRO's partitions do not. Use 'adamw_torch'.",
             ),
-            **dict.fromkeys(
-                ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"),
-                "it projects the gradient of a whole matrix, and ZeRO hands an optimizer flat shards. Train adapters.",
-            ),
+            "galore_adamw_8bit": "its state of 8 bits needs a GPU, and has not run here. Use 'galore_adamw'.",
             "adamw_torch_xla": "DeepSpeed does not run on TPUs. Use 'adamw_torch'.",
         },
     ),
@@ -218,10 +215,11 @@ _OPTIMIZER: tuple[Claim, ...] = (
         "Keywords of the optimizer, as `key=value,key=value`; one that it does not read is an error.",
         "tests/test_engine.py::test_optim_args",
     ),
-    Refused(
+    Honoured(
         "optim_target_modules",
-        "GaLore and APOLLO project the gradient of a whole matrix, and ZeRO hands an optimizer flat shards",
-        "Train adapters with `peft_config`, or shard the optimizer's state over more ranks.",
+        "Layers whose gradients `galore_adamw`, `galore_adafactor` and `apollo_adamw` project: names, a pattern or "
+        "all-linear. For ZeRO-0 in fp32; elsewhere DeepSpeed hands an optimizer flat pieces, which is an error.",
+        "tests/test_low_rank.py::test_galore_moves_a_matrix_within_the_gradients_first_directions",
     ),
     Honoured("adam_beta1", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),
     Honoured("adam_beta2", "", "tests/test_trainer.py::test_adamw_takes_the_step_of_the_paper"),

@@ -47,7 +47,6 @@ VALUES: dict[str, Any] = {
     "log_level": "info",
     "log_level_replica": "info",
     "mp_parameters": "ddp=true",
-    "optim_target_modules": "all-linear",
     "parallelism_config": ParallelismConfig(),
     "past_index": 1,
     "ray_scope": "all",
