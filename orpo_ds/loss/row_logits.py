@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orpo_ds.loss.head import Head, HeadOptions
+from orpo_ds.loss.head import BITS, Head, HeadOptions
 from orpo_ds.loss.tiles import MIB
 from orpo_ds.loss.vocab_parallel import VocabShard
 
@@ -75,4 +75,4 @@ class LogitReader:
             states = head.states(rows)
             for columns in head.work.tiling.columns:
                 tile = head.work.tile(rows, columns)
-                yield rows, columns, head.logits_into(tile, states, head.run(columns), columns)
+                yield rows, columns, head.bits_into(tile, states, head.run(columns), columns).div_(BITS)
