@@ -26,6 +26,7 @@ from orpo_ds.config import ORPOConfig
 from orpo_ds.experts import keep_ranks_in_step
 from orpo_ds.host_memory import give_back_after_backward
 from orpo_ds.low_rank import adam_numbers, with_projections
+from orpo_ds.model.tiled_mlp import tiled_modules
 from orpo_ds.policy import OrpoPolicy
 
 # Biases and norms are not decayed: transformers' own rule (Trainer.get_decay_parameter_names).
@@ -66,6 +67,9 @@ def build_engine(
     if stage == 3:
         for parameter in policy.head.external_parameters():
             deepspeed.zero.register_external_parameter(policy.head, parameter)
+        if args.mlp_tile_tokens is not None:
+            for module in tiled_modules(policy.parts):
+                deepspeed.utils.set_z3_leaf_module(module, True)
     if optimizer is None and "optimizer" not in config:
         optimizer = make_optimizer(policy, args, offloaded=_offloads_optimizer(config))
     elif optimizer is not None and "optimizer" in config:

@@ -25,6 +25,7 @@ from orpo_ds.experts import ExpertCount
 from orpo_ds.layout import RunLayout
 from orpo_ds.monitor.metrics import MetricSums, mean_metrics
 from orpo_ds.predictions import Collector, Predictions, Preprocess, Wanted, map_tree, stacked
+from orpo_ds.sequence_group import refuse_predictions
 
 # TRL's names of the two numbers that a pair's prediction is.
 CHOSEN_MEAN, REJECTED_MEAN = "eval_logits/chosen", "eval_logits/rejected"
@@ -66,9 +67,11 @@ class Evaluation:
             Predictions and labels (see `predictions.Predictions`; None if `loss_only`) and metrics: `loss` (the nll
             over all nll tokens and the odds term over all pairs), TRL's, the user's, transformers' speed.
         """
+        if not loss_only:
+            refuse_predictions(self.args)
         started = time.perf_counter()
         args, feed = self.args, self.layout.feed(dataset, max_tokens=self.args.eval_micro_batch_tokens)
-        size = args.per_device_eval_batch_size * distributed.world_size()
+        size = args.per_device_eval_batch_size * args.data_parallel_size
         rounds = [range(first, min(first + size, len(dataset))) for first in range(0, len(dataset), size)]
         collected = None if loss_only else _Collected(self, dataset, ignore_keys=ignore_keys or ())
         sums, experts, engine = MetricSums(), ExpertCount(), self.engine.deepspeed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from orpo_ds import distributed
@@ -15,12 +15,14 @@ from orpo_ds.data.image_inputs import pad_with_images, without_ids
 from orpo_ds.data.packing import pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
 from orpo_ds.data.processing import ProcessingClass, tokenizer_of
+from orpo_ds.data.row_part import part_of_row
 from orpo_ds.data.tokenize import TokenPair
 from orpo_ds.model.anatomy import ModelParts
 from orpo_ds.model.attention import packed_attention_enabled
 from orpo_ds.model.load import padding_id
 from orpo_ds.model.selfcheck import PackingVerdict, check_head, check_packing
 from orpo_ds.model.size import measure
+from orpo_ds.model.tiled_mlp import tiled_mlps
 from orpo_ds.policy import OrpoPolicy
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,12 @@ class RunLayout:
         """Whether the nll counts the prompt; an encoder's prompt has no log-probs."""
         return self.args.nll_on_prompt and not self.parts.is_encoder_decoder
 
-    def attention(self) -> AbstractContextManager[None]:
-        """The attention of this layout; what the model had before is restored afterwards."""
-        return packed_attention_enabled(self.parts.model) if self.packed else nullcontext()
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """The attention of this layout, and MLPs in tiles; what the model had before is restored afterwards."""
+        attention = packed_attention_enabled(self.parts.model) if self.packed else nullcontext()
+        with attention, tiled_mlps(self.parts, self.args.mlp_tile_tokens):
+            yield
 
     def feed(self, dataset: PairSource, *, max_tokens: int | None) -> Feed:
         """This rank's view of a dataset.
@@ -76,8 +81,8 @@ class RunLayout:
                 nll_on_prompt=self.nll_on_prompt,
             ),
             nll_on_prompt=self.nll_on_prompt,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=distributed.rank() // self.args.sequence_parallel_size,
+            world_size=self.args.data_parallel_size,
             max_tokens=max_tokens,
             ahead=self.args.micro_batches_ahead,
             pin_memory=self.args.dataloader_pin_memory,
@@ -91,7 +96,13 @@ class RunLayout:
                     "this dataset has images, and the run is in the packed layout: it was chosen for text alone. Give "
                     "this dataset to ORPOTrainer, or set layout='padded'"
                 )
-            return lambda pairs, ids: pack(pairs, pair_ids=ids, nll_on_prompt=nll_on_prompt)
+            ranks = self.args.sequence_parallel_size
+            if ranks == 1:
+                return lambda pairs, ids: pack(pairs, pair_ids=ids, nll_on_prompt=nll_on_prompt)
+            part = distributed.rank() % ranks
+            return lambda pairs, ids: part_of_row(
+                pack(pairs, pair_ids=ids, nll_on_prompt=nll_on_prompt), part=part, parts=ranks
+            )
         pad_id = padding_id(tokenizer_of(self.processing_class), padding_value=self.args.padding_value)
         if self.parts.is_encoder_decoder:
             start = self.parts.model.config.decoder_start_token_id
@@ -148,7 +159,8 @@ def choose_layout(
         datasets: those that this run trains on or evaluates; one at least.
 
     Raises:
-        ValueError: packing was asked for and is not exact on this model, or the head is not read exactly.
+        ValueError: packing was asked for, or rows are to be split over ranks, and it is not exact on this model; or the
+            head is not read exactly.
     """
     images = next((dataset.images for dataset in datasets if dataset.images is not None), None)
     example = datasets[0].example
@@ -159,6 +171,11 @@ def choose_layout(
 
 
 def _is_packed(policy: OrpoPolicy, *, wish: str, example: TokenPair, has_images: bool) -> bool:
+    if policy.parts.is_encoder_decoder and policy.sequence is not None:
+        raise ValueError(
+            f"sequence_parallel_size={policy.sequence.size}: {type(policy.parts.model).__name__} is an encoder-decoder "
+            "model, whose rows are padded, and only packed rows are split. Use 1."
+        )
     if wish == "padded" or policy.parts.is_encoder_decoder:
         check_head(policy.parts, policy.head, example)
         return False
@@ -166,9 +183,14 @@ def _is_packed(policy: OrpoPolicy, *, wish: str, example: TokenPair, has_images:
         check_head(policy.parts, policy.head, example)
         verdict = PackingVerdict(False, "The prompts have images.")
     else:
-        verdict = check_packing(policy.parts, policy.head, example)
+        verdict = check_packing(policy.parts, policy.head, example, sequence=policy.sequence)
     if verdict.ok:
         return True
+    if policy.sequence is not None:
+        raise ValueError(
+            f"sequence_parallel_size={policy.sequence.size} needs packed rows: {verdict.reason} Choose a size that "
+            "this model allows, or 1 for none."
+        )
     if wish == "packed":
         raise ValueError(f"layout='packed': {verdict.reason} Use layout='auto' to train padded instead.")
     if distributed.is_main():

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +22,7 @@ from orpo_ds.loss.row_logits import LogitReader
 from orpo_ds.loss.token_logps import token_logps
 from orpo_ds.model.anatomy import ModelParts, find_parts, hidden_states
 from orpo_ds.model.router import ExpertSums, expert_sums
+from orpo_ds.model.ulysses import SequenceGroup
 
 
 class Observer(Protocol):
@@ -35,7 +38,13 @@ def alone(values: Tensor) -> Tensor:
 
 
 def loss_of_rows(
-    logps: Tensor, rows: TargetRows, *, beta: float, nll_tokens_total: int, pairs_total: int
+    logps: Tensor,
+    rows: TargetRows,
+    *,
+    beta: float,
+    nll_tokens_total: int,
+    pairs_total: int,
+    group: dist.ProcessGroup | None = None,
 ) -> OrpoSums:
     """`orpo_loss` of the log-probs [R] of a micro-batch's target rows."""
     return orpo_loss(
@@ -48,7 +57,21 @@ def loss_of_rows(
         beta=beta,
         nll_tokens_total=nll_tokens_total,
         pairs_total=pairs_total,
+        group=group,
     )
+
+
+def counted_once(terms: OrpoSums, *, here: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and sums that every rank of a group computed alike, such that their sum over the ranks counts them once.
+
+    Args:
+        terms: of the whole micro-batch.
+        here: whether this rank counts them. Elsewhere the sums are 0, and the loss is 0 with the gradient that it has.
+    """
+    if here:
+        return terms.loss, dict(terms.sums)
+    nothing = {name: torch.zeros_like(value) for name, value in terms.sums.items()}
+    return terms.loss - terms.loss.detach(), nothing
 
 
 class TiledHead(nn.Module):
@@ -105,6 +128,7 @@ class OrpoPolicy(nn.Module):
         tile_rows: int | None = None,
         router_balance: str = "global_batch",
         sum_over_ranks: Callable[[Tensor], Tensor] = alone,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         """Wrap a causal or encoder-decoder language model.
 
@@ -115,12 +139,14 @@ class OrpoPolicy(nn.Module):
             tile_rows: see `TiledHead`.
             router_balance: see `ORPOConfig`; the step reads it.
             sum_over_ranks: of a small tensor; a mixture of experts is balanced over the tokens of all ranks.
+            sequence: the ranks that share each row; None where a rank has rows of its own.
         """
         super().__init__()
         self.model = model
         self.beta = beta
         self.router_balance = router_balance
         self.sum_over_ranks = sum_over_ranks
+        self.sequence = sequence
         self.parts = find_parts(model)
         self.head = TiledHead(self.parts, logits_cache_mib=logits_cache_mib, tile_rows=tile_rows)
 
@@ -139,7 +165,7 @@ class OrpoPolicy(nn.Module):
         """The micro-batch's share of the global loss, and the sums of its metrics.
 
         Args:
-            batch: packed or padded.
+            batch: packed or padded; this rank's part of it where several share a row.
             nll_tokens_total: nll tokens of the whole global batch.
             pairs_total: pairs of the whole global batch.
             observe: shown the micro-batch from inside (evaluation only).
@@ -156,7 +182,7 @@ class OrpoPolicy(nn.Module):
             micro-batch (see `orpo_loss`).
         """
         rows = batch.rows
-        hidden, router_logits = hidden_states(self.parts, batch)
+        hidden, router_logits = hidden_states(self.parts, batch, sequence=self.sequence)
         own = self._expert_sums(router_logits, batch)
         if own is not None and count_experts is not None:
             count_experts(own.detach())
@@ -164,9 +190,14 @@ class OrpoPolicy(nn.Module):
             return {}
         logps = self.head(hidden, rows, None if observe is None else partial(observe, batch))
         terms = loss_of_rows(
-            logps, rows, beta=self.beta, nll_tokens_total=nll_tokens_total, pairs_total=pairs_total
+            logps,
+            rows,
+            beta=self.beta,
+            nll_tokens_total=nll_tokens_total,
+            pairs_total=pairs_total,
+            group=None if self.sequence is None else self.sequence.group,
         )
-        loss, sums = terms.loss, dict(terms.sums)
+        loss, sums = counted_once(terms, here=self.sequence is None or self.sequence.reports)
         if own is not None and router_logits is not None:
             whole = own.over_ranks(self.sum_over_ranks) if experts is None else experts
             aux = own.balance(whole)

@@ -85,7 +85,7 @@ def _fits(engine: Engine, feed: Feed, pairs: list[int], *, device: torch.device)
     try:
         batch = feed.build(pairs).to(device)
         ds.set_gradient_accumulation_boundary(True)
-        loss = ds(batch, nll_tokens_total=len(batch.rows.index), pairs_total=len(pairs))["loss"]
+        loss = ds(batch, nll_tokens_total=max(len(batch.rows.index), 1), pairs_total=len(pairs))["loss"]
         ds.backward(loss, scale_wrt_gas=False)
         del loss
     except RuntimeError as error:

@@ -30,6 +30,7 @@ from orpo_ds.prepare import prepare_model, prepare_processing
 from orpo_ds.prepare_data import Rows, prepare_training_set
 from orpo_ds.publish import Publisher
 from orpo_ds.saving import RunCheckpoints
+from orpo_ds.sequence_group import sequence_group
 
 
 class TrainerBase:
@@ -65,6 +66,7 @@ class TrainerBase:
             logits_cache_mib=self.args.logits_cache_mib,
             router_balance=self.args.router_balance,
             sum_over_ranks=distributed.sum_over_ranks,
+            sequence=sequence_group(self.args),
         )
         self._optimizers = optimizers
         self.engine: Engine | None = None

@@ -18,6 +18,7 @@ from orpo_ds.export import full_state
 from orpo_ds.monitor.jsonl import read_metrics
 from orpo_ds.plan import training_batches
 from tests import small_runs
+from tests.parity.compare import metric_errors
 from tests.parity.orpo_side import token_pairs
 from tests.parity.reference import pad_pairs, reference_step
 from tests.parity.tokenizer import tiny_tokenizer
@@ -141,6 +142,40 @@ class TestTwoRanks:
         assert max(part["after"]) <= TOKENS_THAT_FIT
         losses, named = ([line["loss"] for line in seen[name]["history"]] for name in ("fitted", "by_name"))
         assert losses == pytest.approx(named, rel=TOLERANCE)
+
+    def test_ranks_that_share_each_row(self, seen: dict[str, Any], tmp_path: Path) -> None:
+        part = seen["split_rows"]
+        assert max(part["widest"]) <= 130 / 2, "no rank holds a whole row"
+        losses, named = (
+            [line["loss"] for line in seen[name]["history"]] for name in ("split_rows", "by_name")
+        )
+        assert losses == pytest.approx(named, rel=TOLERANCE)
+        counted = [[line[key] for key in ("trunk_saving", "grad_norm")] for line in part["history"]]
+        plain = [[line[key] for key in ("trunk_saving", "grad_norm")] for line in seen["by_name"]["history"]]
+        assert counted == [pytest.approx(line, rel=TOLERANCE) for line in plain]
+        start = parameters(small_runs.trainer(tmp_path / "run", pairs=8))
+        moved, wanted = (
+            {key: value - start[key] for key, value in seen[name]["parameters"].items()}
+            for name in ("split_rows", "by_name")
+        )
+        assert largest_difference(moved, wanted) <= 1e-4
+        assert largest_difference(part["resumed"], part["parameters"]) == 0.0
+
+    def test_ranks_that_share_each_row_evaluate(self, seen: dict[str, Any], tmp_path: Path) -> None:
+        alone = small_runs.trainer(
+            tmp_path / "run", train_dataset=None, eval_dataset=small_runs.dataset(EVAL_PAIRS)
+        )
+        alone.model.load_state_dict(seen["split_rows"]["parameters"])
+        wanted, found = (
+            {name: figures[f"eval_{name}"] for name in TRL_METRICS}
+            for figures in (alone.evaluate(), seen["split_rows"]["evaluation"])
+        )
+        assert max(metric_errors(found, wanted).values()) <= TOLERANCE
+
+    def test_what_shared_rows_cannot_do_is_named(self, seen: dict[str, Any]) -> None:
+        assert "sequence_parallel_size=2: compute_metrics and predict()" in seen["split_rows"]["message"]
+        for message in seen["one_head"]["messages"]:
+            assert "sequence_parallel_size=2 needs packed rows: Qwen2Attention has 1 query heads" in message
 
     def test_ranks_log_the_same(self, seen: dict[str, Any]) -> None:
         first, second = seen["model_steps_of_all_ranks"]

@@ -205,6 +205,69 @@ def fitted(folder: Path) -> dict[str, Any]:
     }
 
 
+def split_rows(folder: Path) -> dict[str, Any]:
+    """The training of `by_name` with both ranks on each row: with evaluations, a checkpoint, and on from there."""
+
+    def trainer(**changes: Any) -> ORPOTrainer:
+        settings = SETTINGS | {
+            "per_device_train_batch_size": 4,
+            "sequence_parallel_size": 2,
+            "mlp_tile_tokens": 40,
+        }
+        return small_runs.trainer(
+            folder / "split_rows",
+            model=str(folder / "model"),
+            pairs=8,
+            eval_dataset=small_runs.dataset(EVAL_PAIRS),
+            max_tokens_per_micro_batch=130,
+            save_strategy="steps",
+            save_steps=TRAINED_STEPS - 1,
+            **settings | changes,
+        )
+
+    whole = trainer()
+    widths: list[int] = []
+    whole.model.get_input_embeddings().register_forward_hook(
+        lambda _, words, out: widths.append(out.shape[1])
+    )
+    whole.train()
+    parameters = full_state(whole.model)
+    try:
+        whole.predict(small_runs.dataset(2))
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    found = {
+        "parameters": parameters,
+        "history": small_runs.step_lines(whole),
+        "evaluation": whole.evaluate(),
+        "widest": distributed.gather_objects(max(widths)),
+        "message": message,
+    }
+    again = trainer(overwrite_output_dir=False)
+    again.train(resume_from_checkpoint=str(folder / "split_rows" / f"checkpoint-{TRAINED_STEPS - 1}"))
+    return found | {"resumed": full_state(again.model)}
+
+
+def one_head(folder: Path) -> dict[str, Any]:
+    """A model whose heads two ranks cannot share."""
+    config = small_runs.model_of().config
+    config.num_attention_heads = config.num_key_value_heads = 1
+    trainer = small_runs.trainer(
+        folder / "one_head",
+        model=AutoModelForCausalLM.from_config(config),
+        pairs=8,
+        sequence_parallel_size=2,
+        **SETTINGS,
+    )
+    try:
+        trainer.train()
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    return {"messages": distributed.gather_objects(message)}
+
+
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "quick_start": quick_start,
     "by_name": by_name,
@@ -214,6 +277,8 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "answers": answers,
     "blow_up": blow_up,
     "fitted": fitted,
+    "split_rows": split_rows,
+    "one_head": one_head,
 }
 
 

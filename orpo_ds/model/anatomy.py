@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.model.attention import AttentionCall
 from orpo_ds.model.router import Router, find_router
+from orpo_ds.model.ulysses import SequenceGroup
 
 # `config.logits_scaling` divides the logits (Granite) or the hidden states (MiniCPM3). It multiplies here:
 LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
@@ -104,13 +105,18 @@ def find_parts(model: nn.Module) -> ModelParts:
 
 
 def hidden_states(
-    parts: ModelParts, batch: MicroBatch, *, attention_calls: list[AttentionCall] | None = None
+    parts: ModelParts,
+    batch: MicroBatch,
+    *,
+    sequence: SequenceGroup | None = None,
+    attention_calls: list[AttentionCall] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Push a micro-batch through the backbone, and through the encoder before it where there is one.
 
     Args:
         parts: of the model; it must use the packed attention when the micro-batch is packed.
         batch: packed, padded, or padded for an encoder-decoder model.
+        sequence: the ranks that share the row, of which `batch` is this rank's part; packed only.
         attention_calls: packed only, see `packed_attention`.
 
     Returns:
@@ -129,6 +135,8 @@ def hidden_states(
         )  # positions are the default: padding is on the right
     else:
         keywords.update(position_ids=batch.position_ids, layout=batch.layout)
+        if sequence is not None:
+            keywords["sequence"] = sequence
         if attention_calls is not None:
             keywords["attention_calls"] = attention_calls
     if parts.router is not None:

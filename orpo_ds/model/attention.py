@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from orpo_ds.data.packing import VarlenLayout
+from orpo_ds.data.row_part import part_length
 from orpo_ds.model.kernels import choose_kernel
 from orpo_ds.model.kernels.score_rule import ScoreRule
+from orpo_ds.model.ulysses import SequenceGroup, own_tokens, whole_row
 
 ATTENTION_NAME = "orpo_packed"
 
@@ -75,6 +77,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     layout: VarlenLayout | None = None,
+    sequence: SequenceGroup | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -92,6 +95,8 @@ def packed_attention(
         value: [1, Hkv, T, Dv].
         attention_mask: None; the layout is the mask.
         layout: the segments of the row, from the forward's keyword arguments.
+        sequence: the ranks that share the row, from there too: T is then the tokens of this rank, and the layout is
+            that of all of them (`orpo_ds.model.ulysses`).
         scaling: factor of the scores; D ** -0.5 when None.
         dropout: 0.
         sliding_window: tokens that a token sees, itself included; None for all.
@@ -117,12 +122,23 @@ def packed_attention(
     _refuse_unsupported(
         layer, attention_mask, dropout=dropout, is_causal=_is_causal(module, is_causal), kwargs=kwargs
     )
-    _refuse_foreign_shapes(layer, query, key, layout)
+    _refuse_foreign_shapes(layer, query, key, layout, sequence)
     if attention_calls is not None:
         attention_calls.append(AttentionCall(layer, sliding_window))
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     query, key, value = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
-    return choose_kernel(query, value, rule)(query, key, value, layout, rule).unsqueeze(0), None
+    length = query.shape[0]
+    if sequence is not None:
+        query, key, value = whole_row(query, key, value, tokens=_tokens(layout), sequence=sequence)
+    out = choose_kernel(query, value, rule)(query, key, value, layout, rule)
+    if sequence is not None:
+        out = own_tokens(out, length=length, sequence=sequence)
+    return out.unsqueeze(0), None
+
+
+def _tokens(layout: VarlenLayout) -> int:
+    """Those of the whole row."""
+    return layout.segments[-1][1]
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
@@ -150,12 +166,20 @@ def _refuse_unsupported(
         )
 
 
-def _refuse_foreign_shapes(layer: str, query: Tensor, key: Tensor, layout: VarlenLayout) -> None:
-    tokens = layout.segments[-1][1]
+def _refuse_foreign_shapes(
+    layer: str, query: Tensor, key: Tensor, layout: VarlenLayout, sequence: SequenceGroup | None
+) -> None:
+    ranks = 1 if sequence is None else sequence.size
+    tokens = part_length(_tokens(layout), parts=ranks)
     if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise UnsupportedAttentionError(
             f"{layer} brings queries {tuple(query.shape)} and keys {tuple(key.shape)} (batch, heads, tokens, "
             f"size) for a layout of {tokens} tokens; {ATTENTION_NAME} takes one packed row and no cache"
+        )
+    if query.shape[1] % ranks:
+        raise UnsupportedAttentionError(
+            f"{layer} has {query.shape[1]} query heads, which {ranks} ranks cannot share evenly: "
+            "sequence_parallel_size must divide the number of heads"
         )
 
 

@@ -29,9 +29,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ds.data.packing import MicroBatch, TargetRows, pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
+from orpo_ds.data.row_part import in_part, part_length, part_of_row
 from orpo_ds.data.truncate import TokenPair
 from orpo_ds.model.anatomy import ModelParts, hidden_states
 from orpo_ds.model.attention import AttentionCall, UnsupportedAttentionError, packed_attention_enabled
+from orpo_ds.model.ulysses import SequenceGroup
 
 Head = Callable[[Tensor, TargetRows], Tensor]  # hidden states [N, H] and the R target rows to log-probs [R]
 
@@ -93,13 +95,16 @@ def check_head(parts: ModelParts, head: Head, pair: TokenPair) -> None:
         )
 
 
-def check_packing(parts: ModelParts, head: Head, pair: TokenPair) -> PackingVerdict:
+def check_packing(
+    parts: ModelParts, head: Head, pair: TokenPair, *, sequence: SequenceGroup | None = None
+) -> PackingVerdict:
     """Check the head, then compare the log-probs of packed rows with those of the model's own logits.
 
     Args:
         parts: as in `check_head`.
         head: as in `check_head`.
         pair: as in `check_head`.
+        sequence: the ranks that will share a row; they share that of the probe.
 
     Returns:
         The verdict, the same on all ranks.
@@ -114,16 +119,19 @@ def check_packing(parts: ModelParts, head: Head, pair: TokenPair) -> PackingVerd
     probe = _probe_pairs(pair)
     padded = _padded(parts, probe)
     packed = pack(probe, pair_ids=range(len(probe))).to(padded.input_ids.device)
+    own_part = packed
+    if sequence is not None:
+        own_part = part_of_row(packed, part=sequence.rank, parts=sequence.size)
     calls: list[AttentionCall] = []
     with _mode(model, training=False), torch.no_grad():
         own = _own_logps(model, padded)
     try:
         with packed_attention_enabled(model), torch.no_grad():
             with _mode(model, training=False):
-                hidden, _ = hidden_states(parts, packed, attention_calls=calls)
-                ours = head(hidden, packed.rows)
+                hidden, _ = hidden_states(parts, own_part, sequence=sequence, attention_calls=calls)
+                ours = head(hidden, own_part.rows)
             with _mode(model, training=True), torch.random.fork_rng():  # attention dropout shows here only
-                hidden_states(parts, packed)
+                hidden_states(parts, own_part, sequence=sequence)
     except UnsupportedAttentionError as error:
         return PackingVerdict(False, f"{error}.")
     except MODEL_ERRORS as error:
@@ -131,6 +139,8 @@ def check_packing(parts: ModelParts, head: Head, pair: TokenPair) -> PackingVerd
             raise
         log.info("the packed forward of %s failed", name, exc_info=error)
         return PackingVerdict(False, f"The forward of {name} does not take a packed row: {error}.")
+    if sequence is not None:
+        ours = _of_all_parts(ours, packed, sequence)
     assert torch.equal(
         _by_response(packed.rows.label, packed.rows), _by_response(padded.rows.label, padded.rows)
     )
@@ -181,6 +191,13 @@ def _own_logps(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     output = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **keywords)
     logits: Tensor = output.logits.flatten(0, 1)[batch.rows.index].float()
     return logits.log_softmax(-1).gather(1, batch.rows.label.unsqueeze(1)).squeeze(1)
+
+
+def _of_all_parts(logps: Tensor, packed: MicroBatch, sequence: SequenceGroup) -> Tensor:
+    """The log-probs [R] of the whole row from those of each rank's part. Collective."""
+    length = part_length(packed.input_ids.shape[1], parts=sequence.size)
+    here = in_part(packed.rows, first=sequence.rank * length, length=length)
+    return sequence.sum(logps.new_zeros(len(here)).masked_scatter(here, logps))
 
 
 def _by_response(values: Tensor, rows: TargetRows) -> Tensor:

@@ -21,6 +21,8 @@ AT_LEAST_ONE = (
     "max_prompt_length",
     "max_completion_length",
     "max_tokens_per_micro_batch",
+    "mlp_tile_tokens",
+    "sequence_parallel_size",
     "dataset_shuffle_buffer",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

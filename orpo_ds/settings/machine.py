@@ -25,6 +25,12 @@ _RANKS: tuple[Claim, ...] = (
         "Of the process group; unset, nccl on GPUs and gloo on CPUs.",
         "tests/test_distributed.py::test_the_process_group_is_the_one_asked_for",
     ),
+    Honoured(
+        "sequence_parallel_size",
+        "Ranks that share each packed row, for pairs longer than one GPU holds ([long-context.md](long-context.md)). "
+        "Padded rows, encoder-decoder models, NEFTune and predictions are refused with it.",
+        "tests/distributed/test_invariance.py::test_loss_metrics_and_gradients",
+    ),
     Mapped(
         "ddp_find_unused_parameters",
         "",
@@ -49,8 +55,8 @@ _RANKS: tuple[Claim, ...] = (
     ),
     Refused(
         "parallelism_config",
-        "ranks are data-parallel, and DeepSpeed shards what they hold",
-        "Choose the ZeRO stage with `deepspeed`.",
+        "DeepSpeed shards the model, and rows are split by orpo_ds",
+        "Choose the ZeRO stage with `deepspeed`, and sequence_parallel_size for long pairs.",
     ),
     Refused("fsdp", "models are sharded by DeepSpeed", "Use deepspeed='zero3'.", accepts=(None, False, [])),
     Refused("fsdp_config", "models are sharded by DeepSpeed", "Use deepspeed='zero3'.", accepts=({},)),

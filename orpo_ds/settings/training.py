@@ -295,6 +295,11 @@ _PRECISION: tuple[Claim, ...] = (
         "tests/test_prepare.py::test_checkpointing_by_both_names",
     ),
     Honoured(
+        "mlp_tile_tokens",
+        "Tokens that an MLP computes at once ([long-context.md](long-context.md)).",
+        "tests/model/test_tiled_mlp.py::test_loss_and_gradients_are_the_same",
+    ),
+    Honoured(
         "torch_compile",
         "Compiles the forward of the backbone; packed attention and loss stay outside of the graphs.",
         "tests/model/test_compiled.py::test_compiled_numbers_are_the_same",

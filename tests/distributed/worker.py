@@ -12,6 +12,7 @@ updates, on the same global batches whatever the number of ranks.
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,18 +23,22 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from orpo_ds import ORPOTrainer, distributed
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.batches import CostModel
 from orpo_ds.data.feed import Feed
-from orpo_ds.data.packing import pack
+from orpo_ds.data.packing import MicroBatch, pack
 from orpo_ds.data.padding import pad
-from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, tokenize_dataset
+from orpo_ds.data.row_part import part_of_row
+from orpo_ds.data.tokenize import TokenDataset, TokenizeOptions, TokenPair, tokenize_dataset
 from orpo_ds.engine import build_engine
 from orpo_ds.model.attention import packed_attention_enabled
+from orpo_ds.model.tiled_mlp import tiled_mlps
 from orpo_ds.monitor.metrics import MetricSums, mean_metrics
 from orpo_ds.policy import OrpoPolicy
+from orpo_ds.sequence_group import sequence_group
 from orpo_ds.step import train_step
 from tests.parity.tokenizer import tiny_tokenizer
 from tests.tiny_models import tiny_model
@@ -56,8 +61,15 @@ class Setting:
     gradient_checkpointing: bool = False
     router_balance: str = "global_batch"
     offloaded: bool = False  # the optimizer's state, and under ZeRO-3 the parameters too, to the host
+    split: int = 1  # ranks that share a row
+    mlp_tile_tokens: int | None = None
+
+    def runs_on(self, ranks: int) -> bool:
+        """Whether there are enough ranks to share a row."""
+        return ranks % self.split == 0
 
 
+ONE_KEY_HEAD = "one key head"
 MIXTURES = ("qwen3_moe", "olmoe", "deepseek_v3")
 
 # Tokens: room for the longest pair of `tests.parity.rows` or for two short ones, so there are several micro-steps.
@@ -82,6 +94,14 @@ SETTINGS = [
     Setting("zero2, experts, padded, tight budget", 2, "mixtral", padded=True, max_tokens=TIGHT_PADDED),
     Setting("zero3, experts, checkpointing", 3, "mixtral", max_tokens=TIGHT, gradient_checkpointing=True),
     *(Setting(f"zero3, {family}", 3, family, max_tokens=TIGHT) for family in MIXTURES),
+    # Rows of an odd number of tokens among them, micro-batches without pairs, and with 4 ranks two groups of 2.
+    *(Setting(f"zero{stage}, split by 2", stage, max_tokens=TIGHT, split=2) for stage in range(4)),
+    *(Setting(f"zero{stage}, split by 4", stage, max_tokens=TIGHT, split=4) for stage in range(4)),
+    Setting("zero3, tiled MLP", 3, max_tokens=TIGHT, mlp_tile_tokens=29),
+    Setting("zero3, split by 4, tiled MLP", 3, gradient_checkpointing=True, split=4, mlp_tile_tokens=29),
+    Setting("zero2, split by 4, one key head", 2, ONE_KEY_HEAD, split=4),
+    Setting("zero3, split by 2, window and soft-cap", 3, "gemma2", split=2),
+    Setting("zero3, split by 2, experts", 3, "mixtral", max_tokens=TIGHT, split=2),
 ]
 
 GLOBAL_BATCH = 4  # of 7 pairs: the second batch of an epoch holds 3, fewer than there are ranks
@@ -125,6 +145,18 @@ class BeforeUpdate:
         self.gradients = {name: safe_get_full_grad(parameter).clone().cpu() for name, parameter in parameters}
 
 
+def model_of(family: str) -> PreTrainedModel:
+    """The family's tiny model, or Llama's with one key head that all query heads share."""
+    vocab_size = len(tiny_tokenizer())
+    if family != ONE_KEY_HEAD:
+        return tiny_model(family, vocab_size=vocab_size, seed=MODEL_SEED)
+    config = tiny_model("llama", vocab_size=vocab_size).config
+    config.num_key_value_heads = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(MODEL_SEED)
+        return LlamaForCausalLM(config).float().train()
+
+
 def zero_section(setting: Setting) -> dict[str, Any]:
     """`zero_optimization` of the DeepSpeed JSON."""
     parts = ("offload_optimizer", "offload_param") if setting.stage == 3 else ("offload_optimizer",)
@@ -138,9 +170,12 @@ def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> 
         output_dir=tempfile.gettempdir(),  # nothing is written
         bf16=False,
         deepspeed={"zero_optimization": zero_section(setting)},
+        sequence_parallel_size=setting.split,
+        mlp_tile_tokens=setting.mlp_tile_tokens,
         report_to="none",
     )
-    model = tiny_model(setting.family, vocab_size=len(tiny_tokenizer()), seed=MODEL_SEED)
+    sequence = sequence_group(args)
+    model = model_of(setting.family)
     if setting.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = OrpoPolicy(
@@ -150,26 +185,31 @@ def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> 
         tile_rows=setting.tile_rows,
         router_balance=setting.router_balance,
         sum_over_ranks=distributed.sum_over_ranks,
+        sequence=sequence,
     )
     engine = build_engine(policy, args=args, total_steps=1)
     before_update = BeforeUpdate(engine.deepspeed)
+
+    def lay_out(pairs: Sequence[TokenPair], ids: Sequence[int]) -> MicroBatch:
+        if setting.padded:
+            return pad(pairs, pair_ids=ids, pad_token_id=pad_token_id)
+        row = pack(pairs, pair_ids=ids)
+        return row if sequence is None else part_of_row(row, part=sequence.rank, parts=sequence.size)
+
     feed = Feed(
         dataset=dataset,
-        layout=lambda pairs, ids: (
-            pad(pairs, pair_ids=ids, pad_token_id=pad_token_id)
-            if setting.padded
-            else pack(pairs, pair_ids=ids)
-        ),
+        layout=lay_out,
         padded=setting.padded,
         cost_model=CostModel(per_token=1.0, per_score=0.01, per_target=1.0),
         nll_on_prompt=True,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        rank=distributed.rank() // setting.split,
+        world_size=args.data_parallel_size,
         max_tokens=setting.max_tokens,
     )
     sums = MetricSums()
     plan, micro_batches = next(feed.steps([range(len(dataset))], device=args.device))
-    with nullcontext() if setting.padded else packed_attention_enabled(model):
+    attention = nullcontext() if setting.padded else packed_attention_enabled(model)
+    with attention, tiled_mlps(policy.parts, setting.mlp_tile_tokens):
         step = train_step(
             engine._replace(deepspeed=before_update), plan, micro_batches, record=sums.add_micro_batch
         )
@@ -216,6 +256,7 @@ def main(folder: Path) -> None:
 
     Results: `steps`, a dict of setting name -> Outcome as a dict, and `training`, see `train`.
     """
+    distributed.start_process_group(timeout_s=600)
     tokenizer = tiny_tokenizer()
     rows = datasets.Dataset.from_list(json.loads((folder / "rows.json").read_text()))
     dataset = tokenize_dataset(
@@ -228,6 +269,7 @@ def main(folder: Path) -> None:
     steps = {
         setting.name: asdict(take_step(setting, dataset, pad_token_id=tokenizer.pad_token_id))
         for setting in SETTINGS
+        if setting.runs_on(distributed.world_size())
     }
     training = train(rows, folder)
     if distributed.is_main():

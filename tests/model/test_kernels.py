@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -84,24 +85,46 @@ def test_lower_precision_stays_within_its_rounding(rule: ScoreRule, dtype: torch
         assert (mine - theirs).abs().max() <= tolerance * max(1.0, theirs.abs().max().item())
 
 
-def test_softcapped_scores_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 8)])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_long_segments_never_have_a_mask_of_all_scores(
+    monkeypatch: pytest.MonkeyPatch, rule: ScoreRule, sizes: tuple[int, int], seed: int
+) -> None:
     pairs = random_pairs(SHAPES, vocab_size=50, seed=seed)
     batch = pack(pairs, pair_ids=range(len(pairs)))
-    inputs = _heads(batch.real_tokens, heads=(4, 2))
-    whole = _forward_and_gradients(sdpa_attention(*inputs, batch.layout, RULES["softcap"]), inputs)
-    sizes = []
-    block = sdpa._softcapped_block
+    inputs = _heads(batch.real_tokens, heads=(4, 2), sizes=sizes)
+    whole = _forward_and_gradients(full_sequence_attention(pairs, *inputs, rule), inputs)
+    masks = []
+    visible = sdpa.visible_keys
 
-    def spy(query: Tensor, key: Tensor, *rest: object) -> Tensor:
-        sizes.append(query.shape[0] * query.shape[1] * key.shape[1])
-        return block(query, key, *rest)
+    def spy(num_queries: int, num_keys: int, **rest: Any) -> Tensor:
+        masks.append(4 * num_queries * num_keys)
+        return visible(num_queries, num_keys, **rest)
 
-    monkeypatch.setattr(sdpa, "SCORES_AT_ONCE", 300)
-    monkeypatch.setattr(sdpa, "_softcapped_block", spy)
-    cut = _forward_and_gradients(sdpa_attention(*inputs, batch.layout, RULES["softcap"]), inputs)
-    assert max(sizes) <= 300
+    monkeypatch.setattr(sdpa, "SCORES_AT_ONCE", 400)
+    monkeypatch.setattr(sdpa, "visible_keys", spy)
+    cut = _forward_and_gradients(sdpa_attention(*inputs, batch.layout, rule), inputs)
+    if rule.softcap is None:  # a mask that all heads share is small; its scores are the kernel's business
+        masks = [size / 4 for size in masks]
+    assert max(masks, default=0) <= 400
     for mine, theirs in zip(cut, whole, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_a_long_branch_needs_no_mask_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], seed: int
+) -> None:
+    pairs = random_pairs(SHAPES, vocab_size=50, seed=seed)
+    batch = pack(pairs, pair_ids=range(len(pairs)))
+    inputs = _heads(batch.real_tokens, heads=heads)
+    rule = RULES["scaling"]
+    whole = _forward_and_gradients(full_sequence_attention(pairs, *inputs, rule), inputs)
+    monkeypatch.setattr(sdpa, "SCORES_AT_ONCE", 0)
+    monkeypatch.setattr(sdpa, "visible_keys", None)  # calling it would raise
+    cut = _forward_and_gradients(sdpa_attention(*inputs, batch.layout, rule), inputs)
+    for mine, theirs in zip(cut, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 def test_masks_are_built_once_a_micro_batch_and_die_with_it(
