@@ -49,7 +49,10 @@ def tiled_mlps(parts: ModelParts, tokens: int | None) -> Iterator[None]:
         parts: of the model.
         tokens: of a tile; None: all.
     """
-    modules = [] if tokens is None else tiled_modules(parts)
+    if tokens is None:
+        yield
+        return
+    modules = tiled_modules(parts)
     for module in modules:
         module.forward = partial(_in_tiles, module.forward, tokens)
     try:
