@@ -156,9 +156,18 @@ def supervise(words: Sequence[str]) -> None:
     command.main(words)
 
 
+def estimate(words: Sequence[str]) -> None:
+    """Say what a run will need: orpo-ds estimate run.yaml --gpus 8x80GB --nodes 4 [any field of train]."""
+    from orpo_ds.estimate import command
+
+    if not command.run(words):
+        raise SystemExit(RUN_ERROR)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "validate": validate,
+    "estimate": estimate,
     "chat": chat,
     "status": status,
     "plot": plot,

@@ -99,13 +99,19 @@ def prepare_model(
         disable_dropout(made)
     if args.use_liger_kernel:
         use_liger_layers(made, args.liger_kernel_config)
-    if args.gradient_checkpointing:
-        keywords = dict(args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]  # parsed by now
-        # Two of them are transformers' own, as in its Trainer; the others go to torch.utils.checkpoint.
-        own = {name: keywords.pop(name) for name in ("every_n_layers", "offload") if name in keywords}
-        made.activation_checkpointing_enable(keywords or None, **own)
-        made.enable_input_require_grads()
+    recompute_activations(made, args)
     return made
+
+
+def recompute_activations(model: PreTrainedModel, args: ORPOConfig) -> None:
+    """Turn gradient checkpointing on, if the run wants it."""
+    if not args.gradient_checkpointing:
+        return
+    keywords = dict(args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    # Two of them are transformers' own, as in its Trainer; the others go to torch.utils.checkpoint.
+    own = {name: keywords.pop(name) for name in ("every_n_layers", "offload") if name in keywords}
+    model.activation_checkpointing_enable(keywords or None, **own)
+    model.enable_input_require_grads()
 
 
 def _warn_of_rounding(model: PreTrainedModel, args: ORPOConfig) -> None:

@@ -47,7 +47,7 @@ def validate(script: ScriptArguments, args: ORPOConfig, *, console: Console | No
         ValueError: the tokenizer or the data cannot be loaded, or all rows have the same fault.
     """
     console = Console(highlight=False) if console is None else console
-    processing_class, options = _tokenizing(script, args)
+    processing_class, options = tokenizing_of(script, args)
     seed = args.seed if args.data_seed is None else args.data_seed
     with of_libraries("Reading the dataset"):
         rows = load_script_rows(script, seed=seed, evaluates=False).train
@@ -72,7 +72,7 @@ def validate(script: ScriptArguments, args: ORPOConfig, *, console: Console | No
     return _verdict(report, console, args=args)
 
 
-def _tokenizing(script: ScriptArguments, args: ORPOConfig) -> tuple[ProcessingClass, TokenizeOptions]:
+def tokenizing_of(script: ScriptArguments, args: ORPOConfig) -> tuple[ProcessingClass, TokenizeOptions]:
     """The tokenizer or processor of the run, and the limits; the model's config is read if it has one."""
     name, keywords = script.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     try:
