@@ -28,9 +28,11 @@ TEST = [
     *PLOT,
     *QLORA,
     "dashscope>=2.0",  # trl.experimental imports it
+    "fastapi>=0.110",  # transformers serve, for tests/test_transformers_chat.py
     "hypothesis>=6.100",
     "mistral-common>=1.13",  # Mistral's tokenizers in transformers
     "mypy>=2.0",
+    "openai>=1.98",  # transformers serve
     "pillow>=10",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
@@ -42,6 +44,7 @@ TEST = [
     "trl==1.16.0",  # the other side of tests/parity and benchmarks/vs_trl.py
     "types-PyYAML",
     "types-tqdm",
+    "uvicorn>=0.30",  # transformers serve
     "wheel>=0.45",
 ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import enable_full_determinism
+from transformers.trainer_utils import enable_full_determinism, number_of_arguments
 
 from orpo_ds.adapters import (
     add_adapters,
@@ -39,7 +39,7 @@ def prepare_model(
     model: PreTrainedModel | str | None,
     *,
     args: ORPOConfig,
-    model_init: Callable[[], PreTrainedModel] | None,
+    model_init: Callable[..., PreTrainedModel] | None,
     peft_config: Any | None,
 ) -> PreTrainedModel:
     """Load, make or take the model, and set it up for training.
@@ -82,7 +82,7 @@ def prepare_model(
             f"model_init_kwargs={keywords} has no effect on a model that is made already: pass the model by name."
         )
     else:
-        made = model if model is not None else model_init()  # type: ignore[misc]
+        made = model if model is not None else _call(model_init)
     if args.is_encoder_decoder not in (None, made.config.is_encoder_decoder):
         raise ValueError(
             f"is_encoder_decoder={args.is_encoder_decoder}, but the model's config says "
@@ -112,6 +112,17 @@ def recompute_activations(model: PreTrainedModel, args: ORPOConfig) -> None:
     own = {name: keywords.pop(name) for name in ("every_n_layers", "offload") if name in keywords}
     model.activation_checkpointing_enable(keywords or None, **own)
     model.enable_input_require_grads()
+
+
+def _call(model_init: Callable[..., PreTrainedModel] | None) -> PreTrainedModel:
+    """Make a model as transformers' Trainer does: the function may take the trial of a search, and there is none."""
+    assert model_init is not None
+    count = number_of_arguments(model_init)
+    if count > 1:
+        raise ValueError(
+            f"model_init takes {count} arguments: give it none, or one for the trial, which is None."
+        )
+    return model_init(None) if count else model_init()
 
 
 def _warn_of_rounding(model: PreTrainedModel, args: ORPOConfig) -> None:

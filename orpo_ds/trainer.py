@@ -54,7 +54,7 @@ class ORPOTrainer(TrainerBase):
             `args.max_steps`.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer, or for prompts with images the processor; by default the model's own.
-        model_init: makes the model, in place of `model`.
+        model_init: makes the model, in place of `model`: called once, here, with `args.seed` set.
         callbacks: transformers callbacks, beside those of `args.report_to` and the progress bar.
         optimizers: an optimizer and a schedule of one's own, either may be None.
         preprocess_logits_for_metrics: what to keep of the logits for `compute_metrics` (see `orpo_ds.predictions`).

@@ -44,7 +44,7 @@ class TrainerBase:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: ProcessingClass | None = None,
-        model_init: Callable[[], PreTrainedModel] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         optimizers: tuple[torch.optim.Optimizer | None, Any | None] = (None, None),
         preprocess_logits_for_metrics: Preprocess | None = None,

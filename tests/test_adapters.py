@@ -273,3 +273,29 @@ def test_qlora_trains_adapters_on_a_base_of_four_bits(tmp_path: Path, stage: int
     )
     assert first == pytest.approx(second, rel=1e-4)
     assert first[-1] < first[0]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, stage: int, reentrant: bool) -> None:
+    """The base is frozen, so nothing that enters a layer would ask for a gradient by itself."""
+    changes = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "deepspeed": f"zero{stage}"}
+    plain = trained(tmp_path / "plain", **changes)
+    checkpointed = trained(
+        tmp_path / "checkpointed",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        **changes,
+    )
+    assert checkpointed.model.get_base_model().is_gradient_checkpointing
+    assert not checkpointed.model.config.use_cache
+    ours, wanted = state_of(checkpointed), state_of(plain)
+    fresh = small_runs.model_of().state_dict()
+    for name, value in wanted.items():
+        size = value.abs().max()
+        assert (ours[name] - value).abs().max() <= 1e-5 * size, name
+        assert size > 0
+        assert name not in fresh
+    checkpointed.save_model()
+    loaded = PeftModel.from_pretrained(small_runs.model_of(), tmp_path / "checkpointed")
+    assert loaded.config.use_cache

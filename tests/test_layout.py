@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from transformers import (
     DataCollatorWithPadding,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     PreTrainedModel,
@@ -102,9 +104,33 @@ def _qwen3_next() -> PreTrainedModel:
     return Qwen3NextForCausalLM(config)
 
 
+def _falcon_h1(initializer_range: float = 0.15) -> PreTrainedModel:
+    config = FalconH1Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=initializer_range,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        mamba_chunk_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return FalconH1ForCausalLM(config)
+
+
 @pytest.mark.parametrize(
     ("build", "why"),
     [
+        # Each of its layers has attention and a state side by side.
+        (_falcon_h1, "layers of another kind (hybrid)"),
         (_mamba2, "0 of its 2 layers call an attention function"),
         (
             _qwen3_next,
@@ -132,6 +158,15 @@ def test_a_model_with_a_state_trains_padded_and_the_command_says_why(
     )
     assert answer.status == 2
     assert why in answer.stderr
+
+
+def test_a_state_that_the_probe_does_not_feel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A young model's layers do so little that its log-probs are the same to the tolerance, state or not."""
+    trainer = small_runs.trainer(tmp_path / "run", model=_falcon_h1(initializer_range=0.02))
+    trainer.train()
+    [said] = [one.getMessage() for one in caplog.records if "padded layout" in one.getMessage()]
+    assert "FalconH1ForCausalLM convolves along the row" in said
+    assert "differ" not in said
 
 
 def test_a_tokenizer_that_pads_on_the_left_trains_the_same(tmp_path: Path) -> None:

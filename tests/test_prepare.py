@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel, set_seed
 
 from tests import small_runs
 
@@ -93,3 +96,22 @@ def test_checkpointing_by_both_names(tmp_path: Path, name: str) -> None:
     assert layers(None) == [(True, False)] * count
     assert layers({"use_reentrant": True}) == [(True, True)] * count
     assert [on for on, _ in layers({"every_n_layers": 2})] == [number % 2 == 0 for number in range(count)]
+
+
+def test_a_model_is_made_once_from_the_seed(tmp_path: Path) -> None:
+    """TRL's Trainer makes it again when the training begins, from the same seed: the same weights."""
+    trials: list[Any] = []
+
+    def make(trial: Any) -> PreTrainedModel:
+        trials.append(trial)
+        return LlamaForCausalLM(small_runs.model_of("llama").config)
+
+    trainer = small_runs.trainer(tmp_path / "run", model_init=make, seed=7, max_steps=1, learning_rate=0.0)
+    set_seed(7)
+    wanted = LlamaForCausalLM(small_runs.model_of("llama").config)
+    trainer.train()
+    assert trials == [None]
+    for (name, value), theirs in zip(trainer.model.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(value, theirs), name
+    with pytest.raises(ValueError, match="model_init takes 2 arguments"):
+        small_runs.trainer(tmp_path / "other", model_init=lambda first, second: wanted)

@@ -240,6 +240,16 @@ class TestTwoRanks:
         frozen = {name: value for name, value in base.items() if "lora_" not in name}
         assert all(torch.equal(value, fresh[name]) for name, value in frozen.items())
 
+    def test_adapters_in_half_precision(self, seen: dict[str, Any]) -> None:
+        """DeepSpeed #8072: adapters in fp32 beside bf16 weights could not be gathered together."""
+        part, single = seen["half_adapters"], seen["adapters"]
+        assert part["dtypes"] == [{torch.bfloat16}] * 2
+        assert all(not torch.equal(part["before"][name], part["after"][name]) for name in part["after"])
+        # bfloat16 has 8 bits: a loss of logits of one size is within a few of their halves, 2^-9 each.
+        losses, exact = ([line["loss"] for line in lines["history"]] for lines in (part, single))
+        assert losses == pytest.approx(exact, rel=2**-6)
+        assert losses[-1] < losses[0]
+
     def test_all_ranks_end_alike_when_the_loss_turns_nan(
         self, seen: dict[str, Any], worker_folder: Path
     ) -> None:

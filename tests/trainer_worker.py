@@ -119,6 +119,24 @@ def adapters(folder: Path) -> dict[str, Any]:
     }
 
 
+def half_adapters(folder: Path) -> dict[str, Any]:
+    """LoRA on a bf16 model, which PEFT would leave in fp32."""
+    trainer = small_runs.trainer(
+        folder / "half_adapters",
+        model=str(folder / "model"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+        **SETTINGS | {"learning_rate": 0.5, "bf16": True},
+    )
+    before = full_state(trainer.model)
+    trainer.train()
+    return {
+        "dtypes": distributed.gather_objects({value.dtype for value in trainer.model.parameters()}),
+        "before": before,
+        "after": full_state(trainer.model),
+        "history": small_runs.step_lines(trainer),
+    }
+
+
 def streamed(folder: Path) -> dict[str, Any]:
     """Rows of unknown number, which each rank reads for itself."""
     settings = small_runs.settings(folder / "streamed", **SETTINGS)
@@ -273,6 +291,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "by_name": by_name,
     "evaluations": evaluations,
     "adapters": adapters,
+    "half_adapters": half_adapters,
     "streamed": streamed,
     "answers": answers,
     "blow_up": blow_up,

@@ -153,7 +153,7 @@ def check_packing(
             f"{tolerance:.2g}): {_explanation(parts, calls)}.",
             difference,
         )
-    unseen = _unseen_mask(parts, calls)
+    unseen = _state(parts) or _unseen_mask(parts, calls)
     if unseen is not None:
         return PackingVerdict(False, f"{name} {unseen}.", difference)
     return PackingVerdict(True, f"Packed and unpacked log-probs agree to {difference:.1e} nats.", difference)
@@ -229,9 +229,25 @@ def _explanation(parts: ModelParts, calls: list[AttentionCall]) -> str:
             f"another kind{named} may carry a state from one segment of the "
             "row into the next"
         )
+    elif state := _state(parts):
+        reasons.append(f"it {state}")
     if "position_ids" not in inspect.signature(type(parts.backbone).forward).parameters:
         reasons.append("its forward takes no position_ids, so it numbers the tokens of the row itself")
     return "; ".join(reasons) or "no cause is known"
+
+
+def _state(parts: ModelParts) -> str | None:
+    """A state that runs along the row beside attention, however little of it the probe's log-probs show.
+
+    State-space and linear-attention layers begin with a convolution over neighbouring tokens; no attention layer does.
+    """
+    convolutions = [name for name, module in parts.backbone.named_modules() if isinstance(module, nn.Conv1d)]
+    if not convolutions:
+        return None
+    return (
+        f"convolves along the row ({convolutions[0]}, one of {len(convolutions)}), as layers do that may carry a "
+        "state from one segment of the row into the next"
+    )
 
 
 def _unseen_mask(parts: ModelParts, calls: list[AttentionCall]) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,18 @@ from orpo_ds.monitor.report import PACKAGES, check_report_to, node_run
 from orpo_ds.monitor.tensorboard import OrpoTensorBoardCallback
 from orpo_ds.monitor.wandb import RUN_FILE, copy_run_id
 from tests import small_runs
+from tests.environment import without_rendezvous
+from tests.monitor.wandb_file import OfflineRun
 
 TOKEN = "hf_FAKEFAKEFAKEFAKEFAKEFAKE"
+OWN_WANDB = """
+import sys
+from pathlib import Path
+from transformers.integrations import WandbCallback
+from tests import small_runs
+trainer = small_runs.trainer(Path(sys.argv[1]) / "run", callbacks=[WandbCallback])
+trainer.train()
+"""
 COLUMNS, ROWS = ["prompt", "answer"], [["2 + 2?", "four"], ["a | b\nc?", "yes"]]
 
 
@@ -115,6 +127,29 @@ def test_transformers_own_callbacks_work_unmodified(
     printed = capsys.readouterr()
     assert "'eval_rewards/margins'" in printed.out
     assert "3/9" in printed.err
+
+
+@pytest.mark.slow
+def test_a_wandb_callback_of_ones_own(tmp_path: Path) -> None:
+    """The one of transformers, passed by the user beside `report_to="none"`: its run has every step."""
+    finished = subprocess.run(
+        [sys.executable, "-c", OWN_WANDB, str(tmp_path)],
+        cwd=small_runs.REPOSITORY,
+        env=without_rendezvous()
+        | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    history = OfflineRun(folder).history
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [row["train/loss"] for row in history if "train/loss" in row] == [line["loss"] for line in steps]
+    margins = [row["train/rewards/margins"] for row in history if "train/rewards/margins" in row]
+    assert margins == [line["rewards/margins"] for line in steps]
+    assert len(steps) == 2
 
 
 def test_the_id_of_a_run_travels_with_its_checkpoints(tmp_path: Path) -> None:
