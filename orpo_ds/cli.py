@@ -275,9 +275,10 @@ def _train_and_save(trainer: ORPOTrainer) -> None:
     """Train, and write the model even where the last checkpoint did not fit on the disk: the model is smaller.
 
     Raises:
-        RunError: the loss is not a number, or something could not be saved.
+        RunError: the loss is not a number, memory is short, or something could not be saved.
     """
     from orpo_ds.checkpoint import CheckpointSaveError
+    from orpo_ds.out_of_memory import StepOutOfMemoryError
     from orpo_ds.step import NonFiniteLossError
 
     failures = []
@@ -286,7 +287,7 @@ def _train_and_save(trainer: ORPOTrainer) -> None:
             part()
         except CheckpointSaveError as error:
             failures.append(str(error))
-        except NonFiniteLossError as error:
+        except (NonFiniteLossError, StepOutOfMemoryError) as error:
             raise RunError(str(error)) from error
     if trainer.publisher.failure is not None:
         failures.append(trainer.publisher.failure)

@@ -194,6 +194,13 @@ class ORPOConfig(DroppedFields, TrainingArguments):
         default="job",
         metadata={"help": "job: one W&B run for the whole job; node: one for each node, in one group."},
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Push the largest micro-batch through forward, backward and update, print peak memory and time, "
+            "and end. Nothing is written."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Move an earlier run in `output_dir` aside instead of refusing to start."},

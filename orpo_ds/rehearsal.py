@@ -45,11 +45,7 @@ def feed_that_fits(engine: Engine, feed: Feed, *, args: ORPOConfig) -> Feed:
             "auto_find_batch_size=True needs to know the longest pairs, and streamed data does not tell: set "
             "max_tokens_per_micro_batch."
         )
-    lengths = dataset.lengths
-    longest = (-(lengths.trunk + lengths.chosen + lengths.rejected)).argsort(kind="stable")
-    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    pairs = [int(pair) for pair in longest[:share]]
-    tokens = [cost.tokens for cost in feed.costs(pairs)]
+    pairs, tokens = _longest(feed, args=args)
     budget = feed.max_tokens or sum(tokens)
     while not _fits(engine, feed, _that_fill(budget, pairs, tokens), device=args.device):
         if budget <= tokens[0]:
@@ -64,6 +60,27 @@ def feed_that_fits(engine: Engine, feed: Feed, *, args: ORPOConfig) -> Feed:
     if distributed.is_main():
         logger.warning("auto_find_batch_size: micro-batches of at most %d tokens", budget)
     return replace(feed, max_tokens=budget)
+
+
+def largest_micro_batch(feed: Feed, *, args: ORPOConfig) -> list[int]:
+    """The longest pairs that fill a micro-batch: nothing larger can occur in the training.
+
+    Args:
+        feed: of a training set that is not streamed.
+        args: the run's settings.
+    """
+    pairs, tokens = _longest(feed, args=args)
+    return _that_fill(feed.max_tokens or sum(tokens), pairs, tokens)
+
+
+def _longest(feed: Feed, *, args: ORPOConfig) -> tuple[list[int], list[int]]:
+    """The longest pairs, as many as a rank's share of a batch, and the tokens of each."""
+    assert isinstance(feed.dataset, TokenDataset)
+    lengths = feed.dataset.lengths
+    longest = (-(lengths.trunk + lengths.chosen + lengths.rejected)).argsort(kind="stable")
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    pairs = [int(pair) for pair in longest[:share]]
+    return pairs, [cost.tokens for cost in feed.costs(pairs)]
 
 
 def _that_fill(budget: int, pairs: list[int], tokens: list[int]) -> list[int]:

@@ -21,6 +21,7 @@ from orpo_ds.data.packing import MicroBatch
 from orpo_ds.engine import Engine, keep_plain_norm
 from orpo_ds.experts import balance_totals
 from orpo_ds.host_memory import give_back
+from orpo_ds.out_of_memory import lack_of_memory_named
 
 # Takes the metric sums of a micro-batch, `loss` among them.
 Recorder = Callable[[dict[str, Tensor], MicroBatch], None]
@@ -78,6 +79,7 @@ def train_step(
 
     Raises:
         NonFiniteLossError: on all ranks, before the weights change.
+        StepOutOfMemoryError: a micro-batch of this rank does not fit.
     """
     ds = engine.deepspeed
     last = len(plan.micro_batches) - 1
@@ -88,10 +90,11 @@ def train_step(
     losses: list[tuple[Tensor, MicroBatch]] = []
     for number, batch in enumerate(micro_batches):
         ds.set_gradient_accumulation_boundary(number == last)
-        sums = ds(batch, **totals)
-        give_back(sums["loss"].device)
-        # DeepSpeed averages gradients over the ranks; the ranks' losses are shares of a sum.
-        ds.backward(sums["loss"] * distributed.world_size(), scale_wrt_gas=False)
+        with lack_of_memory_named(batch):
+            sums = ds(batch, **totals)
+            give_back(sums["loss"].device)
+            # DeepSpeed averages gradients over the ranks; the ranks' losses are shares of a sum.
+            ds.backward(sums["loss"] * distributed.world_size(), scale_wrt_gas=False)
         sums["loss"] = sums["loss"].detach()
         losses.append((sums["loss"], batch))
         record(sums, batch)

@@ -26,12 +26,14 @@ from orpo_ds.checkpoint import sole_job
 from orpo_ds.data.feed import StepPlan
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.data.tokenize import TokenDataset
+from orpo_ds.dry_run import end_with_dry_run
 from orpo_ds.engine import follows_metric, gradient_norm
 from orpo_ds.model.neftune import embedding_noise
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.gradients import LayerGradients
 from orpo_ds.monitor.report import failures_reported, wants_final_model
 from orpo_ds.monitor.wandb import FINAL_MODEL
+from orpo_ds.out_of_memory import StepOutOfMemoryError
 from orpo_ds.plan import Position, training_batches
 from orpo_ds.prepare import training_dtype
 from orpo_ds.prepare_data import Rows
@@ -87,6 +89,8 @@ class ORPOTrainer(TrainerBase):
         Raises:
             ValueError: nothing to train on, another run in `output_dir`, or a resume that is not possible.
             NonFiniteLossError: the loss became NaN or infinite; the weights are still those of the step before.
+            StepOutOfMemoryError: a micro-batch does not fit; it names the settings to lower.
+            SystemExit: with `args.dry_run`, after the largest micro-batch.
             CheckpointSaveError: the last checkpoint could not be written; the model is trained, and `save_model` or
                 `save_checkpoint` may be called again. A save that fails before the last one is only logged.
         """
@@ -101,6 +105,8 @@ class ORPOTrainer(TrainerBase):
                 "this trainer has trained already: make a new ORPOTrainer, with an output_dir of its own."
             )
         self._ignore_keys = ignore_keys_for_eval
+        if self.args.dry_run:
+            end_with_dry_run(self._ready_engine(), self._layout, self.train_dataset, args=self.args)
         with sole_job(self.args.run_dir, self.checkpoints.ranks):
             source = self.checkpoints.claim(resume_from_checkpoint, dataset=self.train_dataset)
             self._owns_output_dir = True
@@ -174,6 +180,8 @@ class ORPOTrainer(TrainerBase):
             outcome = train_step(engine, plan, micro_batches, record=watch.record, notify=self._event)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
+        except StepOutOfMemoryError as error:
+            raise error.at(f"at step {self.state.global_step + 1} ({self._continue_from()})") from error
         watch.end_step(outcome, pairs=plan.pairs, learning_rate=engine.optimizer.param_groups[0]["lr"])
         if self.args.include_num_input_tokens_seen != "no":
             padding = self.args.include_num_input_tokens_seen == "all"
@@ -213,13 +221,15 @@ class ORPOTrainer(TrainerBase):
         """Where to look and where to go on from, when the loss is not a number."""
         assert self.train_dataset is not None
         rows = sorted(int(self.train_dataset.row_numbers[pair]) for pair in error.pairs)
-        good = self.checkpoints.store.latest_good()
-        continue_from = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
         return (
             f"at step {self.state.global_step + 1}, in the micro-batches with the training rows {rows} (from 0). "
-            f"The weights were not updated; {continue_from}. Look at these rows, lower learning_rate or max_grad_norm, "
-            "or train in bf16 instead of fp16."
+            f"The weights were not updated; {self._continue_from()}. Look at these rows, lower learning_rate or "
+            "max_grad_norm, or train in bf16 instead of fp16."
         )
+
+    def _continue_from(self) -> str:
+        good = self.checkpoints.store.latest_good()
+        return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
 
     # ------------------------------------------------------------------ checkpoints
 

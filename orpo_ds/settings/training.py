@@ -130,6 +130,12 @@ _STEPS: tuple[Claim, ...] = (
         "The global batch, and so every number, stays.",
         "tests/test_rehearsal.py::test_the_budget_is_halved_until_it_fits",
     ),
+    Honoured(
+        "dry_run",
+        "Tries the largest micro-batch, forward, backward and update, prints peak memory and time and ends with status "
+        "0; `output_dir` is not touched.",
+        "tests/test_dry_run.py::test_the_largest_micro_batch_is_tried_and_nothing_is_written",
+    ),
     Refused(
         "average_tokens_across_devices",
         "the loss is always normalised over the tokens of the whole global batch",
