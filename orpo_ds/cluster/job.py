@@ -61,7 +61,8 @@ def stop(job: str) -> int:
 def main(words: Sequence[str]) -> None:
     """Do what the command line says, and print how many processes it was done to."""
     action, job, *names = words
-    print(stop(job) if action == "stop" else send(job, signal.Signals[f"SIG{names[0]}"]))
+    found = stop(job) if action == "stop" else send(job, signal.Signals[f"SIG{names[0]}"])
+    print(f"\n{found}")  # on a line of its own, whatever a login shell has printed before
 
 
 def _variable(process: psutil.Process, name: str) -> str | None:

@@ -39,6 +39,7 @@ from orpo_ds.cluster.transport import over_ssh
 REQUEUE = 85  # preempted and saved
 SSH_TIMEOUT_S = 60.0
 POLL_S = 0.2
+REPEAT_S = 2.0
 # What pdsh says of a host whose command failed: `pdsh@head: node2: ssh exited with exit code 1`.
 ENDED = re.compile(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)\s*$")
 
@@ -105,12 +106,13 @@ def main(words: Sequence[str]) -> None:
         master_port=options.master_port,
         stop_after_s=options.stop_after_s,
     )
-    if options.preflight and not check_hosts(over_ssh(hosts), words=rest, limits=limits_of(options)):
-        raise SystemExit(1)
-    raise SystemExit(start(launch))
+    with _Signals(launch) as signals:
+        if options.preflight and not check_hosts(over_ssh(hosts), words=rest, limits=limits_of(options)):
+            raise SystemExit(1)
+        raise SystemExit(_run(launch, signals))
 
 
-def start(launch: Launch) -> int:
+def _run(launch: Launch, signals: _Signals) -> int:
     """Start the ranks, wait for their end, and leave no process of theirs behind.
 
     Returns:
@@ -132,11 +134,9 @@ def start(launch: Launch) -> int:
     progress = Progress()
     reader = threading.Thread(target=progress.follow, args=(process,), daemon=True)
     reader.start()
-    signals = _Signals(launch)
-    with signals:
-        _wait(process, launch, progress, signals)
+    signals.pass_on()
+    _wait(process, launch, progress, signals)
     reader.join(timeout=10)
-    signals.join()
     if progress.failure is not None:
         host, status = progress.failure
         how = "was lost" if status == LOST else f"ended with status {status}"
@@ -166,19 +166,24 @@ def _stop(launch: Launch, *, lost: Sequence[str]) -> None:
     """End what is left of the job on every host that can be reached."""
     hosts = [host for host in launch.hosts if host not in lost]
     for ended in on_hosts(hosts, _job_command("stop", launch.job), timeout_s=SSH_TIMEOUT_S):
-        if ended.status == 0 and ended.output != "0":
-            _say(f"{ended.host}: stopped what still ran ({ended.output} processes)")
+        if ended.status == 0 and ended.last_line != "0":
+            _say(f"{ended.host}: stopped what still ran ({ended.last_line} processes)")
         elif ended.status != 0:
             _say(f"{ended.host}: processes may be left: {ended.output}")
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGUSR1 reach the ranks; a second SIGINT or SIGTERM ends the run at once."""
+    """SIGINT, SIGTERM and SIGUSR1 reach the ranks; a second SIGINT or SIGTERM ends the run at once.
+
+    Before there is anybody to pass them on to, nothing was trained and nothing is lost: we leave as a preempted run.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
         self._senders: list[threading.Thread] = []
+        self._passes_on = False
         self._asked = False
+        self._over = threading.Event()
         self.insists = False
 
     def __enter__(self) -> _Signals:
@@ -189,15 +194,19 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for sender in self._senders:
+            sender.join(timeout=SSH_TIMEOUT_S)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def join(self) -> None:
-        """Wait until what was sent has arrived."""
-        for sender in self._senders:
-            sender.join(timeout=SSH_TIMEOUT_S)
+    def pass_on(self) -> None:
+        """From now on there are, or will be, ranks."""
+        self._passes_on = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._passes_on:
+            raise SystemExit(REQUEUE)
         if self._asked and number != signal.SIGUSR1:
             self.insists = True
             return
@@ -210,9 +219,15 @@ class _Signals:
     def _send(self, name: str) -> None:
         _say(f"SIG{name} goes to the ranks, which save and end; Ctrl-C or SIGTERM again ends them at once")
         command = _job_command("signal", self._launch.job, name)
-        for ended in on_hosts(self._launch.hosts, command, timeout_s=SSH_TIMEOUT_S):
-            if ended.status != 0:
-                _say(f"{ended.host}: SIG{name} did not get through: {ended.output}")
+        waiting: Sequence[str] = self._launch.hosts
+        while waiting and not self._over.is_set():
+            answers = on_hosts(waiting, command, timeout_s=SSH_TIMEOUT_S)
+            for ended in answers:
+                if ended.status != 0 and not self._over.is_set():
+                    _say(f"{ended.host}: SIG{name} did not get through: {ended.output}")
+            # A host without a rank has none yet, or none any more: then the run is over soon.
+            waiting = [ended.host for ended in answers if ended.status == 0 and ended.last_line == "0"]
+            self._over.wait(REPEAT_S)
 
 
 def quoted(word: str) -> str:

@@ -182,7 +182,7 @@ def _lacking(host: str, report: HostReport, slots: int, limits: Limits) -> list[
     ]
     needed = limits.shared_memory_mib * MIB * slots
     if report.shared_memory_bytes < needed:
-        seen = f"{report.shared_memory_bytes / MIB:.0f} MiB free in /dev/shm, needed {needed / MIB:g}."
+        seen = f"{report.shared_memory_bytes / MIB:.0f} MiB free in /dev/shm, needed {needed / MIB:.0f}."
         step = "Remove what is left there, or start the container with more (docker --shm-size)."
         findings.append(Finding(host, "shared memory", seen, step))
     if report.meeting_address.startswith(LOOPBACK[:2]) or report.meeting_address == "":

@@ -27,6 +27,11 @@ class Ended:
     status: int | None
     output: str
 
+    @property
+    def last_line(self) -> str:
+        """What our own command said, behind whatever a login shell has printed."""
+        return self.output.rpartition("\n")[2]
+
 
 def ssh_options() -> str:
     """Options of every ssh to the hosts: the user's `PDSH_SSH_ARGS_APPEND`, or those that notice a lost host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from orpo_ds.cluster.launch import Progress
-from tests.cluster.virtual_hosts import REPOSITORY, RUN_TIMEOUT_S, VirtualHosts
+from tests.cluster.virtual_hosts import REPOSITORY, RUN_TIMEOUT_S, VirtualHosts, environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -78,6 +79,13 @@ def ranks_are_up(job: Any, folder: Path) -> None:
         time.sleep(0.1)
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, as the kernel sees it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+    return bool(mask >> (number - 1) & 1)
+
+
 def left_over(hosts: VirtualHosts, *names: str) -> list[str]:
     return [line for name in names for line in hosts.processes(name, WORKER)]
 
@@ -124,6 +132,35 @@ def test_a_signal_reaches_the_ranks_whose_85_comes_back(
     assert status == 85, output
     assert [(folder / f"signal{rank}").read_text() for rank in range(2)] == [number.name] * 2
     assert not left_over(hosts, *hosts.nodes)
+
+
+def test_a_signal_that_comes_before_the_ranks_is_kept_for_them(
+    hosts: VirtualHosts, job: Any, folder: Path
+) -> None:
+    running = job("wait", "wait")
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    while "cmd = pdsh" not in running.log.read_text():  # DeepSpeed is about to start them
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.process.send_signal(signal.SIGUSR1)
+    assert not list(folder.glob("rank*.json"))
+    status, output = running.wait()
+    assert status == 85, output
+    assert len(list(folder.glob("signal*"))) == 2
+
+
+def test_a_signal_before_the_start_is_a_preemption(tmp_path: Path) -> None:
+    """In the preflight: nothing was trained, and the run is to be started again."""
+    hostfile = tmp_path / "hosts.txt"
+    hostfile.write_text("192.0.2.1 slots=1\n")  # an address that documents use; nobody answers there
+    words = [sys.executable, "-m", "orpo_ds", "launch", str(hostfile), "--output_dir", str(tmp_path)]
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not catches(process.pid, signal.SIGUSR1):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 85, process.stderr.read() if process.stderr else ""
 
 
 def test_a_rank_that_fails_ends_a_rank_that_hangs(hosts: VirtualHosts, job: Any, folder: Path) -> None:
