@@ -134,6 +134,13 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             "more compute. Unset: all."
         },
     )
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that split each matrix and the vocabulary among them, for models whose parameters do not "
+            "fit one GPU. It divides the ranks of the job and the model's heads."
+        },
+    )
     logits_cache_mib: int = field(
         default=0,
         metadata={
@@ -220,6 +227,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         self.report_to = "none" if self.report_to is None else self.report_to
         distributed.start_process_group(timeout_s=self.ddp_timeout, backend=self.ddp_backend)
+        distributed.form_tensor_groups(self.tensor_parallel_size)
         settle_host_groups(settings, distributed.ranks_of_hosts)
         self._check_ranks()
         if distributed.is_main():
@@ -369,7 +377,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     @property
     def data_parallel_size(self) -> int:
         """Parts that a global batch is dealt into: the ranks, or the groups of ranks that share their rows."""
-        return distributed.world_size() // self.sequence_parallel_size
+        return distributed.data_size() // self.sequence_parallel_size
 
     @property
     def global_batch_size(self) -> int:

@@ -19,6 +19,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_tensor_parallel_size = 1
+_data_group: dist.ProcessGroup | None = None  # the ranks whose rows are not this one's; None: all are
+
 
 def ensure_rendezvous() -> None:
     """Give a process that no launcher started the environment of a job of one rank.
@@ -84,6 +87,40 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def form_tensor_groups(size: int) -> None:
+    """Form groups of `size` consecutive ranks, which get the same rows; the process group must be there.
+
+    Raises:
+        ValueError: the ranks cannot be grouped so, or this process formed other groups before.
+    """
+    global _tensor_parallel_size, _data_group
+    if size == _tensor_parallel_size:
+        return
+    if _tensor_parallel_size != 1:
+        raise ValueError(
+            f"tensor_parallel_size={size}: this process is in a group of {_tensor_parallel_size} already, and "
+            "DeepSpeed forms its groups once. Start a new process."
+        )
+    if world_size() % size:
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the {world_size()} ranks of this job: start a multiple of it."
+        )
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(tensor_model_parallel_size=size)
+    _tensor_parallel_size, _data_group = size, groups.get_data_parallel_group()
+
+
+def data_rank() -> int:
+    """The number of this rank's share of a global batch."""
+    return rank() // _tensor_parallel_size
+
+
+def data_size() -> int:
+    """Shares that a global batch is dealt into: one for each rank, or for each tensor-parallel group."""
+    return world_size() // _tensor_parallel_size
+
+
 def _remove_shared_memory() -> None:
     """Delete this rank's buffer of DeepSpeed's collectives over shared memory: 69 MB that it leaves behind."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -117,9 +154,9 @@ def is_main() -> bool:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over the ranks, in place; returned for convenience."""
-    if world_size() > 1:
-        dist.all_reduce(values)
+    """Sum a tensor over the ranks with different rows, in place; returned for convenience."""
+    if data_size() > 1:
+        dist.all_reduce(values, group=_data_group)
     return values
 
 

@@ -28,6 +28,7 @@ from orpo_ds.host_memory import give_back_after_backward
 from orpo_ds.low_rank import adam_numbers, with_projections
 from orpo_ds.model.tiled_mlp import tiled_modules
 from orpo_ds.policy import OrpoPolicy
+from orpo_ds.tensor_parallel import engine_of_shards
 
 # Biases and norms are not decayed: transformers' own rule (Trainer.get_decay_parameter_names).
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -86,9 +87,10 @@ def build_engine(
         # about a dtype, zero.Init takes the JSON's. Parameters that are sharded already stay as they are.
         deepspeed.zero.Init(module=policy, config_dict_or_path=config)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    wrapped, _, _, json_scheduler = deepspeed.initialize(
-        model=policy, optimizer=optimizer, model_parameters=trainable, config=config
-    )
+    with engine_of_shards(policy, config, args):
+        wrapped, _, _, json_scheduler = deepspeed.initialize(
+            model=policy, optimizer=optimizer, model_parameters=trainable, config=config
+        )
     inner = wrapped.basic_optimizer
     if stage == 0 and (wrapped.fp16_enabled() or wrapped.bfloat16_enabled()):
         # DeepSpeed allocates the state here by a step of zero gradients, which Adam's bias correction would count: the

@@ -57,6 +57,11 @@ class Evaluator:
             preprocess_logits_for_metrics: see `predictions`.
             after_round: called with the number of batches after each of them.
         """
+        if compute_metrics is not None and args.tensor_parallel_size > 1:
+            raise ValueError(
+                f"compute_metrics with tensor_parallel_size={args.tensor_parallel_size}: no rank has whole rows of "
+                "logits to predict from. Leave it out; the losses of an evaluation need none."
+            )
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self._args = args

@@ -28,6 +28,7 @@ from orpo_ds.checkpoint.ranks import TogetherError, free_bytes, on_main
 from orpo_ds.data.processing import ProcessingClass
 from orpo_ds.monitor.bars import of_libraries
 from orpo_ds.progress import bar
+from orpo_ds.tensor_parallel import whole
 
 PARTIAL_NAME = ".tmp-model"
 MAX_SHARD_BYTES = 5 * 10**9  # what the hub recommends for a file
@@ -231,6 +232,7 @@ def full_state(model: torch.nn.Module) -> dict[str, Tensor] | None:
 
 
 def _gathered(value: Tensor) -> Tensor:
+    value = whole(value)
     partitioned = hasattr(value, "ds_id")
     with deepspeed.zero.GatheredParameters([value], enabled=partitioned):
         return value.detach().to("cpu", copy=True) if distributed.is_main() else torch.empty(0)

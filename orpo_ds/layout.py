@@ -81,7 +81,7 @@ class RunLayout:
                 nll_on_prompt=self.nll_on_prompt,
             ),
             nll_on_prompt=self.nll_on_prompt,
-            rank=distributed.rank() // self.args.sequence_parallel_size,
+            rank=distributed.data_rank() // self.args.sequence_parallel_size,
             world_size=self.args.data_parallel_size,
             max_tokens=max_tokens,
             ahead=self.args.micro_batches_ahead,

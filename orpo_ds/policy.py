@@ -108,9 +108,16 @@ class TiledHead(nn.Module):
             scale=self.parts.scale,
             tile_rows=self.tile_rows,
             logits_cache_mib=self.logits_cache_mib,
+            vocab_group=self.parts.vocab_group,
+            vocab_start=self.parts.vocab_start,
         )
         if observe is not None:
             parts = self.parts
+            if parts.vocab_group is not None:
+                raise ValueError(
+                    "predictions and compute_metrics read whole rows of logits, which no rank has with "
+                    "tensor_parallel_size above 1: leave them out, or predict with the saved model."
+                )
             reader = LogitReader(parts.head.weight, parts.bias, parts.softcap, parts.scale, self.tile_rows)
             observe(hidden=hidden, logps=logps, head=reader)
         return logps

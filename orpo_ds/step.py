@@ -93,8 +93,8 @@ def train_step(
         with lack_of_memory_named(batch):
             sums = ds(batch, **totals)
             give_back(sums["loss"].device)
-            # DeepSpeed averages gradients over the ranks; the ranks' losses are shares of a sum.
-            ds.backward(sums["loss"] * distributed.world_size(), scale_wrt_gas=False)
+            # DeepSpeed averages gradients over the ranks with different rows; their losses are shares of a sum.
+            ds.backward(sums["loss"] * distributed.data_size(), scale_wrt_gas=False)
         sums["loss"] = sums["loss"].detach()
         losses.append((sums["loss"], batch))
         record(sums, batch)

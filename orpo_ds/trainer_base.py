@@ -31,6 +31,7 @@ from orpo_ds.prepare_data import Rows, prepare_training_set
 from orpo_ds.publish import Publisher
 from orpo_ds.saving import RunCheckpoints
 from orpo_ds.sequence_group import sequence_group
+from orpo_ds.tensor_parallel import shard_over_ranks
 
 
 class TrainerBase:
@@ -60,6 +61,7 @@ class TrainerBase:
         self.train_dataset = prepare_training_set(
             train_dataset, processing_class=self.processing_class, model=self.model, args=self.args
         )
+        shard_over_ranks(self.model, self.args)
         self.policy = OrpoPolicy(
             self.model,
             beta=self.args.beta,

@@ -48,8 +48,9 @@ class Watch:
         # numbers must not, or two runs with dropout would never be the same.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             peak_flops = matmul_flops_per_second(device, dtype)
+        ranks_per_row = distributed.world_size() / distributed.data_size()
         self._clock = StepClock(
-            peak_flops=peak_flops,
+            peak_flops=peak_flops * ranks_per_row,  # a tensor-parallel group reports through one of its ranks
             useful_flops=UsefulFlops(size, feed.dataset.lengths, feed.nll_on_prompt),
         )
         self.logged_step = 0

@@ -38,7 +38,8 @@ REFUSED_FIELDS = frozenset({
     "label_smoothing_factor", "learning_rate", "lr_scheduler_kwargs", "lr_scheduler_type",
     "max_completion_length", "max_grad_norm", "max_length", "max_prompt_length", "neftune_noise_alpha",
     "nll_on_prompt", "optim", "optim_args", "optim_target_modules", "padding_value", "router_balance",
-    "train_sampling_strategy", "truncation_mode", "unusable_rows", "warmup_steps", "weight_decay",
+    "tensor_parallel_size", "train_sampling_strategy", "truncation_mode", "unusable_rows", "warmup_steps",
+    "weight_decay",
 })
 # fmt: on
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ds.data.packing import MicroBatch
@@ -54,6 +55,16 @@ class ModelParts:
         if "final_logits_bias" in buffers:  # BART and its relatives, [1, V]
             return buffers["final_logits_bias"].squeeze(0)
         return self.head.bias
+
+    @property
+    def vocab_group(self) -> ProcessGroup | None:
+        """The ranks that share the head's rows (AutoTP's vocabulary-parallel head); None where it is whole."""
+        return None if isinstance(self.head, nn.Linear) else self.head.mp_group
+
+    @property
+    def vocab_start(self) -> int:
+        """The token id of this rank's first row of the head."""
+        return 0 if isinstance(self.head, nn.Linear) else self.head.vocab_start_index
 
     @property
     def aux_coefficient(self) -> float:
@@ -165,7 +176,7 @@ def _find_head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no output embedding: load the model with AutoModelForCausalLM")
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) and not hasattr(head, "vocab_start_index"):
         from peft.utils import ModulesToSaveWrapper
 
         if not isinstance(head, ModulesToSaveWrapper):

@@ -173,10 +173,12 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Number of token ids that the model knows, also where ZeRO-3 has sharded the weight."""
+    """Number of token ids that the model knows, also where ranks have sharded the weight."""
     weight: Any = model.get_input_embeddings().weight
-    shape = weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape
-    return int(shape[0])
+    for mark in ("whole_shape", "ds_shape"):  # of tensor parallelism, of ZeRO-3
+        if hasattr(weight, mark):
+            return int(getattr(weight, mark)[0])
+    return int(weight.shape[0])
 
 
 def disable_dropout(model: nn.Module) -> None:

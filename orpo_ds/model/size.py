@@ -32,7 +32,7 @@ class ModelSize:
 
 
 def measure(parts: ModelParts) -> ModelSize:
-    """Count a model's parameters, also where ZeRO-3 has sharded them."""
+    """Count a model's parameters, also where ranks have sharded them."""
     config = parts.model.config.get_text_config(decoder=True)
     embeddings = {id(parts.model.get_input_embeddings().weight), id(parts.head.weight)}
     share = expert_share(config)
@@ -58,5 +58,7 @@ def measure(parts: ModelParts) -> ModelSize:
 
 
 def numel(parameter: Tensor) -> int:
-    """Elements of a parameter as a whole; a rank of ZeRO-3 holds none or a part of it."""
+    """Elements of a parameter as a whole; a rank may hold none or a part of it (ZeRO-3, tensor parallelism)."""
+    if hasattr(parameter, "whole_shape"):
+        return int(parameter.whole_shape.numel())
     return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()

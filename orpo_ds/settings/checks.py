@@ -23,6 +23,7 @@ AT_LEAST_ONE = (
     "max_tokens_per_micro_batch",
     "mlp_tile_tokens",
     "sequence_parallel_size",
+    "tensor_parallel_size",
     "dataset_shuffle_buffer",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

@@ -31,6 +31,12 @@ _RANKS: tuple[Claim, ...] = (
         "Padded rows, encoder-decoder models, NEFTune and predictions are refused with it.",
         "tests/distributed/test_invariance.py::test_loss_metrics_and_gradients",
     ),
+    Honoured(
+        "tensor_parallel_size",
+        "Ranks that split each matrix and the vocabulary ([presets.md](presets.md)), under ZeRO 1 and 2. Models that "
+        "were not shown to be exact when split, adapters and predictions are refused with it.",
+        "tests/test_tensor_parallel.py::test_training_is_that_of_one_rank",
+    ),
     Mapped(
         "ddp_find_unused_parameters",
         "",
