@@ -43,6 +43,11 @@ KNOWN = frozenset(
 )
 
 
+def is_known(zero: Mapping[str, Any]) -> bool:
+    """Whether the arithmetic knows all that these settings of `zero_optimization` ask for."""
+    return not zero.keys() - KNOWN and not (zero.get("offload_optimizer") or {}).get("super_offload")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a run needs with one set of DeepSpeed settings.
@@ -191,7 +196,7 @@ class Estimator:
         for path in sorted(PRESETS.glob("*.json")):
             settings = read_deepspeed_config(str(path))
             zero = settings.get("zero_optimization", {})
-            if zero.keys() - KNOWN or (self.args.fp16 and zero.get("stage", 0) == 0):
+            if not is_known(zero) or (self.args.fp16 and zero.get("stage", 0) == 0):
                 continue
             for recomputes in (False, True):
                 subject = self.subject(recomputes=recomputes)
