@@ -34,9 +34,9 @@ from orpo_ds.cluster.hostfile import read_hostfile
 from orpo_ds.cluster.job import JOB_VARIABLE
 from orpo_ds.cluster.preflight import add_limits, check_hosts, limits_of
 from orpo_ds.cluster.remote import LOST, SSH_OPTIONS_VARIABLE, on_hosts, ssh_options
+from orpo_ds.cluster.restarts import PREEMPTED
 from orpo_ds.cluster.transport import over_ssh
 
-REQUEUE = 85  # preempted and saved
 SSH_TIMEOUT_S = 60.0
 POLL_S = 0.2
 REPEAT_S = 2.0
@@ -90,7 +90,7 @@ class Progress:
     @property
     def failure(self) -> tuple[str, int] | None:
         """The host that failed first, and its status; one that was preempted (85) has not failed."""
-        return next(((host, status) for host, status in list(self.failed.items()) if status != REQUEUE), None)
+        return next(((host, status) for host, status in list(self.failed.items()) if status != PREEMPTED), None)
 
 
 def main(words: Sequence[str]) -> None:
@@ -206,7 +206,7 @@ class _Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._passes_on:
-            raise SystemExit(REQUEUE)
+            raise SystemExit(PREEMPTED)
         if self._asked and number != signal.SIGUSR1:
             self.insists = True
             return
