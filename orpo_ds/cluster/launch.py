@@ -90,7 +90,9 @@ class Progress:
     @property
     def failure(self) -> tuple[str, int] | None:
         """The host that failed first, and its status; one that was preempted (85) has not failed."""
-        return next(((host, status) for host, status in list(self.failed.items()) if status != PREEMPTED), None)
+        return next(
+            ((host, status) for host, status in list(self.failed.items()) if status != PREEMPTED), None
+        )
 
 
 def main(words: Sequence[str]) -> None:
@@ -156,16 +158,15 @@ def _wait(process: subprocess.Popen[str], launch: Launch, progress: Progress, si
             _say(f"{host} {how}; the other hosts have {launch.stop_after_s:g} s to end by themselves")
             deadline = time.monotonic() + launch.stop_after_s
         if signals.insists or (deadline is not None and time.monotonic() > deadline):
-            _stop(launch, lost=[host for host, status in progress.failed.items() if status == LOST])
+            _stop(launch)
             process.terminate()
             process.wait()
             return
 
 
-def _stop(launch: Launch, *, lost: Sequence[str]) -> None:
-    """End what is left of the job on every host that can be reached."""
-    hosts = [host for host in launch.hosts if host not in lost]
-    for ended in on_hosts(hosts, _job_command("stop", launch.job), timeout_s=SSH_TIMEOUT_S):
+def _stop(launch: Launch) -> None:
+    """End what is left of the job on every host that can be reached; a lost one may be back by now."""
+    for ended in on_hosts(launch.hosts, _job_command("stop", launch.job), timeout_s=SSH_TIMEOUT_S):
         if ended.status == 0 and ended.last_line != "0":
             _say(f"{ended.host}: stopped what still ran ({ended.last_line} processes)")
         elif ended.status != 0:
