@@ -103,6 +103,7 @@ def train_step(
     loss = global_loss(losses)
     applied = keep_plain_norm(ds)
     notify("on_pre_optimizer_step")
+    give_back(losses[0][0].device)  # an embedding that is frozen has no gradient whose end would do it
     if applied:
         ds.step()
         applied = bool(ds.was_step_applied())

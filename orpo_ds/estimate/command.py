@@ -61,7 +61,7 @@ def estimate_run(
     """
     words = [*words, "--bf16", "True"] if precision_of_gpus and _leaves_precision_open(words) else list(words)
     script, args = parse_train_arguments(words)
-    pairs = _pairs(script, args)
+    pairs = lengths_of(script, args)
     estimator = Estimator(
         script.model_name_or_path, args, pairs=pairs, peft_config=script.peft_config(), efficiency=efficiency
     )
@@ -131,7 +131,7 @@ def _leaves_precision_open(words: Sequence[str]) -> bool:
     return all(precision.get(name, {}).get("enabled", "auto") == "auto" for name in ("bf16", "fp16"))
 
 
-def _pairs(script: ScriptArguments, args: ORPOConfig) -> Pairs:
+def lengths_of(script: ScriptArguments, args: ORPOConfig) -> Pairs:
     """Lengths of the run's dataset where it lies on this machine, else the worst that the settings permit."""
     local = script.dataset_name is not None and Path(script.dataset_name).expanduser().exists()
     if local and not (script.dataset_streaming or script.streaming):

@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from orpo_ds.config import ORPOConfig
 from orpo_ds.data.packing import MicroBatch, pack
 from orpo_ds.data.padding import pad, pad_encoder_decoder
-from orpo_ds.estimate.replay import Replayed, replay
+from orpo_ds.estimate.replay import GradientRule, Replayed, replay
 from orpo_ds.estimate.shapes import model_of_shapes
 from orpo_ds.estimate.states import ModelCount, States, ZeroPlan, states
 from orpo_ds.estimate.workload import Workload
@@ -41,7 +41,7 @@ class Subject:
     fake: FakeTensorMode
     count: ModelCount
     size: ModelSize
-    replays: dict[tuple[float, str, int, int], Replayed] = field(default_factory=dict)
+    replays: dict[tuple[GradientRule, str, int, int], Replayed] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -102,14 +102,14 @@ def rank_memory(subject: Subject, plan: ZeroPlan, work: Workload, *, ranks: int,
         device: "cuda", or "cpu": then the host is the device.
     """
     held = rank_states(subject, plan, work, ranks=ranks, device=device)
-    wanted = (held.gradient_share, device, len(work.fullest), work.fullest_tokens)
+    wanted = (held.gradients, device, len(work.fullest), work.fullest_tokens)
     if wanted not in subject.replays:
         subject.replays[wanted] = replay(
             subject.parts,
             _batch(subject, work),
             fake=subject.fake,
             device=device,
-            kept_gradient=lambda parameter: int(parameter.nbytes * held.gradient_share),
+            rule=held.gradients,
             logits_cache_mib=subject.args.logits_cache_mib,
         )
     return RankMemory(states=held, replayed=subject.replays[wanted])

@@ -158,7 +158,9 @@ class Estimator:
         ).device_total
 
     def _work(self, subject: Subject, cluster: Cluster) -> Workload:
-        return workload(subject.args, self.pairs, subject.size, ranks=cluster.ranks)
+        args = copy.copy(self.args)
+        args.gradient_checkpointing = subject.args.gradient_checkpointing
+        return workload(args, self.pairs, subject.size, ranks=cluster.ranks)
 
     def estimate(
         self, cluster: Cluster, settings: Mapping[str, Any], *, recomputes: bool, name: str = OWN

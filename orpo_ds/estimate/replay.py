@@ -14,7 +14,7 @@ gathered keys and values, its output and one number a query and head.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +33,22 @@ from orpo_ds.model.attention import packed_attention_enabled
 
 STAND_IN = "orpo_shapes"  # no "flash" in it: transformers would import a package of that name
 
-# Bytes that the gradient of a parameter keeps on the device from its completion to the end of the step.
-KeptGradient = Callable[[nn.Parameter], int]
+
+@dataclass(frozen=True)
+class GradientRule:
+    """What becomes of a gradient when it is complete.
+
+    Attributes:
+        kept: share of its bytes that stays on the device until the step.
+        bucket: elements of DeepSpeed's bucket; a larger gradient waits beside it for the next one. 0: none waits.
+        norm: whether its norm is taken at once, of a copy in float64, as with an offloaded optimizer.
+        ranks: that share it.
+    """
+
+    kept: float
+    bucket: int = 0
+    norm: bool = False
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Replayed:
 
     Attributes:
         saved: what the forward pass of the backbone leaves for the backward pass.
-        peak: most at any moment of both passes, the gradients that `kept_gradient` keeps included.
+        peak: most at any moment of both passes, the gradients that the rule keeps included.
         kept: of those gradients at the end.
     """
 
@@ -58,7 +72,7 @@ def replay(
     *,
     fake: FakeTensorMode,
     device: str,
-    kept_gradient: KeptGradient,
+    rule: GradientRule,
     logits_cache_mib: int = 0,
 ) -> Replayed:
     """Run a micro-batch forward and backward on shapes.
@@ -68,19 +82,33 @@ def replay(
         batch: on the CPU, with its real ids.
         fake: the mode that the model was made under.
         device: "cpu" or "cuda", which attend and tile differently.
-        kept_gradient: what stays of a gradient once it is complete: all of it where ranks keep whole gradients, a
-            share where they are sharded, nothing where they go into a buffer that is counted elsewhere.
+        rule: what becomes of a gradient that is complete.
         logits_cache_mib: see `ORPOConfig`.
     """
     live = _LiveBytes()
     kept: list[Tensor] = []
+    waiting: list[Tensor] = []
 
-    def keep(parameter: nn.Parameter) -> None:
+    def reduce() -> None:
+        while waiting:
+            gradient = waiting.pop()
+            if rule.norm:
+                torch.empty(-(-gradient.numel() // rule.ranks), dtype=torch.float64)
+            kept_bytes = int(gradient.nbytes * rule.kept)
+            if not rule.bucket:
+                del gradient  # without ZeRO it stays where it is; else it is copied into its partition
+            kept.append(torch.empty(kept_bytes, dtype=torch.uint8))
+
+    def complete(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        reduce()
+        waiting.append(parameter.grad)
         parameter.grad = None
-        kept.append(torch.empty(kept_gradient(parameter), dtype=torch.uint8))
+        if not 0 < rule.bucket < parameter.numel():
+            reduce()
 
     trained = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
-    hooks = [parameter.register_post_accumulate_grad_hook(keep) for parameter in trained]
+    hooks = [parameter.register_post_accumulate_grad_hook(complete) for parameter in trained]
     try:
         with fake:
             batch = batch.map_tensors(fake.from_tensor)
@@ -97,6 +125,7 @@ def replay(
                 )
                 del hidden
                 logps.sum().backward()
+                reduce()
     finally:
         for hook in hooks:
             hook.remove()

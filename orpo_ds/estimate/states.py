@@ -25,6 +25,8 @@ from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from orpo_ds.estimate.replay import GradientRule
+
 FP32 = 4
 FP64 = 8  # DeepSpeed sums the squares of a gradient in float64
 # Bytes of state that an optimizer of transformers keeps for each trained element; others are refused by name.
@@ -123,14 +125,14 @@ class States:
         device: on the GPU, or on the host where that is the device.
         host: on the host, page-locked ones rounded as torch rounds them.
         drive: on NVMe.
-        gradient_share: of each gradient's bytes that stay on the device from its completion to the step.
+        gradients: what becomes of one that is complete.
         step: most that the update itself allocates for a while.
     """
 
     device: dict[str, int]
     host: dict[str, int]
     drive: dict[str, int]
-    gradient_share: float
+    gradients: GradientRule
     step: int
 
     @property
@@ -227,14 +229,16 @@ def states(
         put("device", "buckets", b * bucket * (2 if settings.overlap_comm and stage < 3 else 1))
 
     offloaded = plan.optimizer_on != "device"
-    gradient_share = {0: 1.0, 1: 1.0, 2: 1.0 / ranks, 3: 0.0}[stage]
-    if offloaded:
-        gradient_share = 0.0
     return States(
         device=held["device"],
         host=held["cpu"],
         drive=held["nvme"],
-        gradient_share=gradient_share,
+        gradients=GradientRule(
+            kept=0.0 if offloaded else {0: 1.0, 1: 1.0, 2: 1.0 / ranks, 3: 0.0}[stage],
+            bucket=int(settings.reduce_bucket_size) if stage > 0 else 0,
+            norm=offloaded,
+            ranks=ranks,
+        ),
         step=_step_bytes(count, plan, share=share, ranks=ranks),
     )
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from orpo_ds.data.packing import MicroBatch, pack
 from orpo_ds.data.padding import pad
 from orpo_ds.data.truncate import TokenPair
-from orpo_ds.estimate.replay import replay
+from orpo_ds.estimate.replay import GradientRule, replay
 from orpo_ds.estimate.shapes import model_of_shapes
 from orpo_ds.model.anatomy import find_parts
 from orpo_ds.model.attention import packed_attention_enabled
@@ -67,9 +67,7 @@ def test_a_pass_on_shapes_takes_the_bytes_of_a_real_one(
         batch = pad(PAIRS, pair_ids=[0, 1], pad_token_id=0)
         measured = measured_peak(real, batch)
     shapes, fake = model_of_shapes(real.config, args=args, dtype=torch.float32, peft_config=None)
-    found = replay(
-        find_parts(shapes), batch, fake=fake, device="cpu", kept_gradient=lambda parameter: parameter.nbytes
-    )
+    found = replay(find_parts(shapes), batch, fake=fake, device="cpu", rule=GradientRule(kept=1.0))
     assert found.peak == pytest.approx(measured, rel=0.05)
 
 
@@ -83,7 +81,7 @@ def test_flash_attention_keeps_no_scores(tmp_path: Path) -> None:
     for tokens in (1000, 2000):
         batch = pack([pair(1, tokens, tokens)], pair_ids=[0])
         saved.append(
-            replay(find_parts(shapes), batch, fake=fake, device="cuda", kept_gradient=lambda _: 0).saved
+            replay(find_parts(shapes), batch, fake=fake, device="cuda", rule=GradientRule(kept=0.0)).saved
         )
     assert saved[1] == pytest.approx(2 * saved[0], rel=0.01)
 
@@ -99,6 +97,6 @@ def test_experts_are_counted_in_the_precision_of_gpus(tmp_path: Path) -> None:
         pack(PAIRS, pair_ids=[0, 1]),
         fake=fake,
         device="cuda",
-        kept_gradient=lambda parameter: parameter.nbytes,
+        rule=GradientRule(kept=1.0),
     )
     assert found.kept == sum(parameter.nbytes for parameter in shapes.parameters())
