@@ -164,7 +164,7 @@ def _foot() -> str:
     return """
 Left out, so that the truth is slower: the latency of collectives (it grows with the ranks, and counts most at 1,024),
 the holes of torch's caching allocator, evaluation and checkpoints, loading. Tensor and sequence parallelism are not
-among what is proposed.
+among what is proposed; zero3_superoffload is counted as plain CPU offload.
 
 ## How it is computed
 - **Activations** are counted: the model's own forward and backward pass runs on tensors that have shapes and no data,
