@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,8 @@ class Evaluation:
         collected = None if loss_only else _Collected(self, dataset, ignore_keys=ignore_keys or ())
         sums, experts, engine = MetricSums(), ExpertCount(), self.engine.deepspeed
         engine.eval()
-        with self.layout.attention():
-            for number, (plan, micro_batches) in enumerate(feed.steps(rounds, device=args.device), start=1):
+        with self.layout.attention(), closing(feed.steps(rounds, device=args.device)) as steps:
+            for number, (plan, micro_batches) in enumerate(steps, start=1):
                 for batch in micro_batches:
                     found = engine(
                         batch,

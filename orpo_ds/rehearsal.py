@@ -80,7 +80,8 @@ def _longest(feed: Feed, *, args: ORPOConfig) -> tuple[list[int], list[int]]:
     longest = (-(lengths.trunk + lengths.chosen + lengths.rejected)).argsort(kind="stable")
     share = args.per_device_train_batch_size * args.gradient_accumulation_steps
     pairs = [int(pair) for pair in longest[:share]]
-    return pairs, [cost.tokens for cost in feed.costs(pairs)]
+    tokens = [cost.tokens for cost in feed.costs(pairs)]
+    return pairs, [max(tokens)] * len(tokens) if feed.padded else tokens  # padded to the longest of them
 
 
 def _that_fill(budget: int, pairs: list[int], tokens: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +147,17 @@ class ORPOTrainer(TrainerBase):
         for epoch in range(position.epoch, state.num_train_epochs):
             self._event("on_epoch_begin")
             todo = position.steps_left(batches, at_most=state.max_steps - state.global_step)
-            for plan, micro_batches in feed.steps(map(batches.pairs, todo), device=self.args.device):
-                self._step(plan, micro_batches, watch)
-                position.step += 1
-                state.global_step += 1
-                state.epoch = epoch + position.step / batches.steps_per_epoch
-                self._event("on_step_end")
-                position.stopped = self.control.should_epoch_stop
-                self._log_evaluate_save(watch)
-                if self.control.should_epoch_stop or self.control.should_training_stop:
-                    break
+            with closing(feed.steps(map(batches.pairs, todo), device=self.args.device)) as steps:
+                for plan, micro_batches in steps:
+                    self._step(plan, micro_batches, watch)
+                    position.step += 1
+                    state.global_step += 1
+                    state.epoch = epoch + position.step / batches.steps_per_epoch
+                    self._event("on_step_end")
+                    position.stopped = self.control.should_epoch_stop
+                    self._log_evaluate_save(watch)
+                    if self.control.should_epoch_stop or self.control.should_training_stop:
+                        break
             position.end_epoch(batches)
             self._event("on_epoch_end")
             self._log_evaluate_save(watch)

@@ -253,7 +253,7 @@ def plan_micro_batches(
     rows = _spread(costs, rows=len(rows), max_tokens=max_tokens) or rows
     rows.sort(key=lambda row: _flops(costs, row), reverse=True)
     rows = _shorten(costs, rows, world_size=world_size, max_tokens=max_tokens)
-    return _deal(costs, rows, world_size=world_size)
+    return deal_rows(costs, rows, world_size=world_size)
 
 
 def _fewest_rows(costs: Sequence[PairCost], max_tokens: int) -> list[list[int]]:
@@ -348,8 +348,8 @@ def _shorten(
     return shortened
 
 
-def _deal(costs: Sequence[PairCost], rows: list[list[int]], *, world_size: int) -> list[list[list[int]]]:
-    """The rows of a micro-step to the ranks, the costliest to the one that has done least."""
+def deal_rows(costs: Sequence[PairCost], rows: list[list[int]], *, world_size: int) -> list[list[list[int]]]:
+    """Micro-steps of `world_size` rows each to the ranks, the costliest row to the rank that has done least."""
     plan: list[list[list[int]]] = [[] for _ in range(world_size)]
     done = [0.0] * world_size
     for first in range(0, len(rows), world_size):

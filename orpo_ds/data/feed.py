@@ -1,14 +1,16 @@
 """What one rank pushes through the model in optimizer step k.
 
 The feed joins the three questions of this package: which pairs (`GlobalBatches`), on which rank and in which
-micro-step (`plan_micro_batches`), and as which tensors (`pack`, `pad`). The two totals that the loss divides by are
-those of the *global* batch. Every rank counts them from the lengths of all pairs, so no rank has to ask another.
+micro-step (`plan_micro_batches`, `plan_padded`), and as which tensors (`pack`, `pad`). The two totals that the loss
+divides by are those of the *global* batch. Every rank counts them from the lengths of all pairs, so no rank has to
+ask another.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Protocol
@@ -18,6 +20,7 @@ import torch
 from orpo_ds.data.batches import CostModel, PairCost, plan_micro_batches
 from orpo_ds.data.image_inputs import ImageInputs
 from orpo_ds.data.packing import MicroBatch
+from orpo_ds.data.padded_batches import plan_padded
 from orpo_ds.data.prefetch import MicroBatchLoader
 from orpo_ds.data.token_dataset import PairLengths
 from orpo_ds.data.truncate import TokenPair
@@ -106,9 +109,10 @@ class Feed:
         """Deal the pairs of a global batch (dataset indices); returns this rank's part."""
         costs = self.costs(pairs)
         budget = self.max_tokens
-        if budget is None:
-            budget = sum(cost.tokens for cost in costs)
-        deal = plan_micro_batches(costs, world_size=self.world_size, max_tokens=budget)
+        if budget is None:  # room for all of them, padded or not
+            budget = len(costs) * max(cost.tokens for cost in costs)
+        plan = plan_padded if self.padded else plan_micro_batches
+        deal = plan(costs, world_size=self.world_size, max_tokens=budget)
         lengths = self.dataset.lengths.of(pairs)
         return StepPlan(
             pairs=len(pairs),
@@ -123,8 +127,10 @@ class Feed:
 
     def steps(
         self, batches: Iterable[Sequence[int]], *, device: torch.device
-    ) -> Iterator[tuple[StepPlan, Iterator[MicroBatch]]]:
+    ) -> Generator[tuple[StepPlan, Iterator[MicroBatch]], None, None]:
         """Plan and build one global batch after the other, ahead of the training, in the background.
+
+        The background ends with the generator: close it where an error may leave it half done.
 
         Args:
             batches: the pairs of each global batch.
@@ -141,18 +147,17 @@ class Feed:
                 plans.append((plan, pairs))
                 yield from plan.micro_batches
 
-        stream = iter(
-            MicroBatchLoader(
-                groups(), build=self.build, device=device, depth=self.ahead, pin_memory=self.pin_memory
-            )
+        loader = MicroBatchLoader(
+            groups(), build=self.build, device=device, depth=self.ahead, pin_memory=self.pin_memory
         )
-        for first in stream:
-            plan, pairs = plans.popleft()
-            yield plan, chain((first,), islice(stream, len(plan.micro_batches) - 1))
-            self.dataset.release(pairs)
+        with closing(iter(loader)) as stream:
+            for first in stream:
+                plan, pairs = plans.popleft()
+                yield plan, chain((first,), islice(stream, len(plan.micro_batches) - 1))
+                self.dataset.release(pairs)
 
     def costs(self, pairs: Sequence[int]) -> list[PairCost]:
-        """What these pairs (dataset indices) take of a micro-batch in this layout."""
+        """What these pairs (dataset indices) take of a micro-batch in this layout, each of them alone."""
         lengths = self.dataset.lengths.of(pairs)
         triples = list(
             zip(lengths.trunk.tolist(), lengths.chosen.tolist(), lengths.rejected.tolist(), strict=True)
@@ -160,6 +165,7 @@ class Feed:
         costs = [self.cost_model.pair(trunk=trunk, chosen=c, rejected=r) for trunk, c, r in triples]
         if not self.padded:
             return costs
-        # Rows are as long as the longest of their micro-batch, so each pair is given room for the longest of all.
-        widest = max(trunk + max(c, r) for trunk, c, r in triples)
-        return [PairCost(tokens=2 * widest, flops=cost.flops) for cost in costs]
+        widths = [trunk + max(c, r) for trunk, c, r in triples]
+        return [
+            PairCost(tokens=2 * width, flops=cost.flops) for width, cost in zip(widths, costs, strict=True)
+        ]

@@ -9,7 +9,7 @@ overlaps with the kernels of the current micro-batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -123,7 +123,7 @@ class MicroBatchLoader:
         self._transfer = transfer_to(torch.device(device), pin_memory=pin_memory)
         self._depth = depth
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Generator[MicroBatch, None, None]:
         groups = iter(self._groups)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="orpo_ds-prefetch") as background:
             ahead = deque(background.submit(self._next, groups) for _ in range(self._depth))

@@ -207,7 +207,8 @@ def take_step(setting: Setting, dataset: TokenDataset, *, pad_token_id: int) -> 
         max_tokens=setting.max_tokens,
     )
     sums = MetricSums()
-    plan, micro_batches = next(feed.steps([range(len(dataset))], device=args.device))
+    steps = feed.steps([range(len(dataset))], device=args.device)  # held: dropped, it ends its background
+    plan, micro_batches = next(steps)
     attention = nullcontext() if setting.padded else packed_attention_enabled(model)
     with attention, tiled_mlps(policy.parts, setting.mlp_tile_tokens):
         step = train_step(
