@@ -164,6 +164,13 @@ def estimate(words: Sequence[str]) -> None:
         raise SystemExit(RUN_ERROR)
 
 
+def submit(words: Sequence[str]) -> None:
+    """Submit a run to SLURM: orpo-ds submit --nodes 4 --gpus-per-node 8 --time 04:00:00 run.yaml."""
+    from orpo_ds.cluster import submit as command
+
+    command.main(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "validate": validate,
@@ -175,6 +182,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "preflight": preflight,
     "launch": launch,
     "supervise": supervise,
+    "submit": submit,
 }
 
 

@@ -110,7 +110,7 @@ class Restarts:
         chain = self._read()
         assert chain is not None, "begin comes first"
         newest = newest_step(self.run_dir)
-        how = "was asked to stop and has saved" if status == PREEMPTED else f"ended with exit status {status}"
+        how = "was preempted" if status == PREEMPTED else f"ended with exit status {status}"
         if newest > chain.newest:
             return Ended(f"the run {how}; its newest checkpoint is {checkpoint_name(newest)}", progress=True)
         if status == USAGE_ERROR and chain.starts == 1:
@@ -181,21 +181,21 @@ def run_dir_of(command: Sequence[str]) -> Path:
     """
     from orpo_ds.cli import read_yaml
 
-    config = _option(command, "config")
+    config = option(command, "config")
     fields: Mapping[str, Any] = {} if config is None else read_yaml(config)
-    resume = _option(command, "resume_from_checkpoint") or fields.get("resume_from_checkpoint")
+    resume = option(command, "resume_from_checkpoint") or fields.get("resume_from_checkpoint")
     if str(resume).lower() != "auto":
         raise ValueError(
             f"resume_from_checkpoint={resume!r}: the first start and every restart are the same command, so it must be "
             "`auto` (continue, or start where there is no checkpoint yet). Add --resume_from_checkpoint auto to the "
             "command. For a script of your own that does so itself, give its folder as --output-dir."
         )
-    output_dir = _option(command, "output_dir") or fields.get("output_dir") or DEFAULT_OUTPUT_DIR
+    output_dir = option(command, "output_dir") or fields.get("output_dir") or DEFAULT_OUTPUT_DIR
     return Path(output_dir).expanduser()
 
 
-def _option(command: Sequence[str], name: str) -> str | None:
-    """The last value of `--name value` or `--name=value`; the last one wins in `argparse` as well."""
+def option(command: Sequence[str], name: str) -> str | None:
+    """The last value of `--name value` or `--name=value` in a command line, the one that `argparse` takes as well."""
     found = None
     for place, word in enumerate(command):
         if word.startswith(f"--{name}="):

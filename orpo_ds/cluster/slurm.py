@@ -27,14 +27,18 @@ def this_job() -> str:
     return job if array is None else f"{array}_{task}"
 
 
-def run(*words: str) -> str:
+def run(*words: str, stdin: str | None = None) -> str:
     """Standard output of a command of SLURM.
+
+    Args:
+        words: the command.
+        stdin: what it reads.
 
     Raises:
         SlurmError: the command is not there, or failed.
     """
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        answer = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         raise SlurmError(
             f"{words[0]}: there is no such command here. Is this a host of a SLURM cluster?"
@@ -59,6 +63,35 @@ def is_ending(job: str) -> bool:
 def time_is_up(job: str) -> bool:
     """Whether SLURM ends a job because it has reached its time limit."""
     return is_ending(job) and facts(job)["Reason"] == "TimeLimit"
+
+
+def queued(job: str) -> dict[str, str]:
+    """State by task of a job, or of an array's tasks, that has not ended: `RUNNING`, `PENDING (Resources)`, ..."""
+    try:
+        lines = run("squeue", "--noheader", f"--jobs={job}", "--format=%i|%T|%r").splitlines()
+    except SlurmError as error:
+        if "Invalid job id" in str(error):  # it has ended, and SLURM has forgotten it
+            return {}
+        raise
+    found = {}
+    for line in lines:
+        task, state, reason = line.strip().split("|")
+        found[task] = state if reason in ("None", "") else f"{state} ({reason})"
+    return found
+
+
+def final_states(job: str) -> dict[str, str]:
+    """How the tasks of a job ended, as far as SLURM still knows: `COMPLETED`, `FAILED`, `CANCELLED`, ..."""
+    try:
+        text = run("scontrol", "--oneliner", "show", "job", job)
+    except SlurmError:
+        return {}
+    found = {}
+    for line in text.splitlines():
+        facts = dict(re.findall(r"(\w+)=(\S*)", line))
+        task = facts.get("ArrayTaskId")
+        found[f"{facts['ArrayJobId']}_{task}" if task else facts["JobId"]] = facts["JobState"]
+    return found
 
 
 def requeue(job: str) -> None:

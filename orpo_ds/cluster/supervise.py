@@ -53,6 +53,7 @@ def main(words: Sequence[str]) -> None:
         status = supervise(
             command,
             run_dir=run_dir,
+            before=shlex.split(options.before),
             limit=options.max_restarts_without_progress,
             pause_s=options.pause,
             requeue=options.requeue,
@@ -67,6 +68,7 @@ def supervise(
     command: Sequence[str],
     *,
     run_dir: Path,
+    before: Sequence[str] = (),
     limit: int = DEFAULT_LIMIT,
     pause_s: float = DEFAULT_PAUSE,
     requeue: bool = False,
@@ -76,6 +78,7 @@ def supervise(
     Args:
         command: starts the training, the first time and every time.
         run_dir: where the training saves its checkpoints.
+        before: a command to run before each start; when it fails, the start has failed.
         limit: restarts without a new checkpoint, in a row, after which it is given up.
         pause_s: seconds before a restart after no progress.
         requeue: requeue this job of SLURM in place of a restart here.
@@ -93,7 +96,9 @@ def supervise(
                 chain = restarts.begin()
                 if chain.starts > 1:
                     _say(f"restart {chain.starts - 1}, from {checkpoint_name(chain.newest)}")
-                if not supervisor.requests:
+                if before and not supervisor.requests:
+                    status = supervisor.run(before, on_terminate=partial(_requeue_if_time_is_up, job))
+                if status == 0 and not supervisor.requests:
                     status = supervisor.run(command, on_terminate=partial(_requeue_if_time_is_up, job))
                     if status == 0:
                         return 0
@@ -224,6 +229,12 @@ def _parser() -> argparse.ArgumentParser:
         "--output-dir",
         metavar="DIR",
         help="where the checkpoints are; by default the output_dir of COMMAND's words or its --config file",
+    )
+    parser.add_argument(
+        "--before",
+        default="",
+        metavar="COMMAND",
+        help="run it before each start, such as 'orpo-ds preflight …'; when it fails, the start has failed",
     )
     parser.add_argument(
         "--pause",

@@ -86,7 +86,7 @@ def test_a_preemption_is_told_from_a_crash(tmp_path: Path) -> None:
     restarts = Restarts(tmp_path, name="a")
     restarts.begin()
     save(tmp_path, 5)
-    assert "has saved; its newest checkpoint is checkpoint-5" in restarts.judge(PREEMPTED).text
+    assert "preempted; its newest checkpoint is checkpoint-5" in restarts.judge(PREEMPTED).text
     assert "exit status 137" in restarts.judge(137).text
 
 
