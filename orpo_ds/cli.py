@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(words: Sequence[str]) -> None:
     """Train a model on preference pairs."""
+    from orpo_ds.preemption import leave_on_signals
+
+    leave_on_signals()
     script, args = parse_train_arguments(words)
     from orpo_ds.monitor.bars import of_libraries
     from orpo_ds.script_data import load_script_rows, public_name

@@ -76,6 +76,10 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     include_num_input_tokens_seen: str | bool = field(
         default=False, metadata={"help": "Log the tokens of the whole run: all, non_padding, or no."}
     )
+    enable_jit_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "Save and end the run, to be continued, when SIGTERM or SIGUSR1 comes to a rank."},
+    )
     fsdp: str | None = field(default="", metadata={"help": "Refused: DeepSpeed shards the model."})
 
     beta: float = field(

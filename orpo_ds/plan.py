@@ -70,11 +70,13 @@ class Position(ExportableState):
         epoch: the epoch under way, from 0.
         step: its steps that are done; as many as an epoch has: only what happens at its end is left to do.
         stopped: no more steps of this epoch are wanted.
+        evaluation_due: a signal ended the run when it was about to evaluate, or evaluated.
     """
 
     epoch: int = 0
     step: int = 0
     stopped: bool = False
+    evaluation_due: bool = False
 
     def steps_left(self, batches: GlobalBatches | TokenStream, *, at_most: int) -> range:
         """Numbers of the global batches that are left of this epoch, `at_most` so many."""

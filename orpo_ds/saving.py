@@ -42,7 +42,11 @@ STREAM_POSITION = "stream_position.json"
 
 
 class RunCheckpoints:
-    """Saves and restores one training run. Every method is called on all ranks."""
+    """Saves and restores one training run. Every method is called on all ranks.
+
+    Attributes:
+        resumable_step: the newest step from which this run can be continued; 0 where that is its beginning.
+    """
 
     def __init__(self, args: ORPOConfig, *, ranks: Ranks, processing_class: ProcessingClass | None) -> None:
         """Nothing is written before `claim`.
@@ -57,6 +61,7 @@ class RunCheckpoints:
         self.processing_class = processing_class
         self.store = CheckpointStore(args.run_dir, save_total_limit=args.save_total_limit, ranks=ranks)
         self._dataset: TokenDataset | TokenStream | None = None
+        self.resumable_step = 0
 
     def claim(
         self, resume_from_checkpoint: bool | str | None, *, dataset: TokenDataset | TokenStream
@@ -93,8 +98,8 @@ class RunCheckpoints:
                 copy_run_id(source, args.run_dir)
         return source
 
-    def _metadata(self, state: TrainerState) -> CheckpointMetadata:
-        """What a checkpoint says about the run, and what a resume compares."""
+    def _metadata(self, state: TrainerState, *, only_model: bool = False) -> CheckpointMetadata:
+        """What a checkpoint says about the run and itself, and what a resume compares."""
         assert self._dataset is not None, "claim comes first"
         return CheckpointMetadata(
             step=state.global_step,
@@ -104,12 +109,12 @@ class RunCheckpoints:
             zero_stage=self.args.zero_stage,
             global_batch_size=self.args.global_batch_size,
             dataset_fingerprint=self._dataset.fingerprint,
-            config=redact(self.args.to_dict()),
+            config=redact(self.args.to_dict() | {"save_only_model": only_model}),
         )
 
     # ------------------------------------------------------------------ saving
 
-    def save(self, engine: Engine, state: TrainerState) -> Path:
+    def save(self, engine: Engine, state: TrainerState, *, resumable: bool = False) -> Path:
         """Write a verified `checkpoint-<step>`, from which the run continues bit for bit.
 
         With `save_only_model` it is the model as a Hugging Face folder, from which no run continues. The best
@@ -118,6 +123,7 @@ class RunCheckpoints:
         Args:
             engine: weights, optimizer state and schedule.
             state: of the run; learns which checkpoint is the best.
+            resumable: save everything, whatever `save_only_model` says.
 
         Raises:
             CheckpointSaveError: on all ranks; nothing of the checkpoint is left.
@@ -125,9 +131,10 @@ class RunCheckpoints:
         earlier_best, state.best_model_checkpoint = state.best_model_checkpoint, self._best(state)
 
         adapters_only = _adapters_only(engine)
+        only_model = self.args.save_only_model and not resumable
 
         def write(folder: Path) -> None:
-            if self.args.save_only_model:
+            if only_model:
                 self._write_model(engine, folder)
             else:
                 save_engine(engine.deepspeed, folder, scheduler=engine.scheduler, only_trained=adapters_only)
@@ -142,15 +149,17 @@ class RunCheckpoints:
                     (folder / STREAM_POSITION).write_text(json.dumps(position))
 
         try:
-            own = checkpoint_bytes(
-                engine.deepspeed, only_model=self.args.save_only_model, only_trained=adapters_only
-            )
+            own = checkpoint_bytes(engine.deepspeed, only_model=only_model, only_trained=adapters_only)
             total = sum(self.ranks.all_gather(own))
             with progress.timed(f"Saving checkpoint-{state.global_step}"):
-                path = self.store.save(write, self._metadata(state), estimated_bytes=total)
+                path = self.store.save(
+                    write, self._metadata(state, only_model=only_model), estimated_bytes=total
+                )
         except CheckpointSaveError:
             state.best_model_checkpoint = earlier_best
             raise
+        if not only_model:
+            self.resumable_step = state.global_step
         best = state.best_model_checkpoint
         self.store.prune(keep=[] if best is None else [Path(best)])
         return path
@@ -213,6 +222,7 @@ class RunCheckpoints:
                 place["rows"] = self._dataset.position(0)["rows"]
             self._dataset.seek(place)
         saved = TrainerState.load_from_json(str(source / TRAINER_STATE))
+        self.resumable_step = saved.global_step
         saved.is_local_process_zero = state.is_local_process_zero
         saved.is_world_process_zero = state.is_world_process_zero
         saved.max_steps, saved.num_train_epochs = state.max_steps, state.num_train_epochs
@@ -246,6 +256,11 @@ class RunCheckpoints:
             )
         if self.args.save_total_limit == 1:
             self.store.prune(keep=[best], keep_newest=False)
+
+
+def can_be_resumed(args: ORPOConfig) -> bool:
+    """Whether DeepSpeed restores what it saves of this run."""
+    return keeps_adam_to_itself(args.deepspeed_settings.get("zero_optimization", {})) is None
 
 
 def _refuse_state_out_of_reach(args: ORPOConfig, *, resume: bool) -> None:

@@ -49,10 +49,12 @@ class StepOutcome:
     Attributes:
         loss: of the global batch, before the update.
         applied: False when the update was skipped because the gradient is not finite, as fp16's when it overflows.
+        stop: whether any rank was told to stop; the same on all of them.
     """
 
     loss: float
     applied: bool
+    stop: bool = False
 
 
 def no_one(event: str) -> None:
@@ -66,6 +68,7 @@ def train_step(
     *,
     record: Recorder,
     notify: Callable[[str], None] = no_one,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepOutcome:
     """Forward, backward and update for one global batch.
 
@@ -76,6 +79,7 @@ def train_step(
         record: takes the sums of every micro-batch.
         notify: told of transformers' events within a step: `on_substep_end` after each micro-batch but the last,
             `on_pre_optimizer_step`, `on_optimizer_step`.
+        told_to_stop: whether this rank was; asked once, when the loss is summed.
 
     Raises:
         NonFiniteLossError: on all ranks, before the weights change.
@@ -100,7 +104,7 @@ def train_step(
         record(sums, batch)
         if number < last:
             notify("on_substep_end")
-    loss = global_loss(losses)
+    loss, stop = global_loss(losses, told_to_stop=told_to_stop())
     applied = keep_plain_norm(ds)
     notify("on_pre_optimizer_step")
     give_back(losses[0][0].device)  # an embedding that is frozen has no gradient whose end would do it
@@ -108,20 +112,22 @@ def train_step(
         ds.step()
         applied = bool(ds.was_step_applied())
     notify("on_optimizer_step")
-    return StepOutcome(loss=loss, applied=applied)
+    return StepOutcome(loss=loss, applied=applied, stop=stop)
 
 
-def global_loss(losses: list[tuple[Tensor, MicroBatch]]) -> float:
-    """Sum this step's loss shares over micro-batches and ranks. Collective.
+def global_loss(losses: list[tuple[Tensor, MicroBatch]], *, told_to_stop: bool = False) -> tuple[float, bool]:
+    """Sum this step's loss shares over micro-batches and ranks, and ask whether any rank was told to stop. Collective.
 
     Args:
         losses: this rank's shares and where they come from.
+        told_to_stop: whether this rank was.
 
     Raises:
         NonFiniteLossError: on all ranks, when the sum is NaN or infinite; names the pairs of all ranks.
     """
-    total = distributed.sum_over_ranks(torch.stack([loss for loss, _ in losses]).sum()).item()
+    own = torch.stack([loss for loss, _ in losses]).sum()
+    total, told = distributed.sum_over_ranks(torch.stack((own, own.new_tensor(float(told_to_stop))))).tolist()
     if math.isfinite(total):
-        return total
+        return total, told > 0
     mine = [pair for loss, batch in losses if not math.isfinite(loss.item()) for pair in batch.pair_ids]
     raise NonFiniteLossError(total, [pair for pairs in distributed.gather_objects(mine) for pair in pairs])

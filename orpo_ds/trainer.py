@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import CommitInfo
 from transformers.trainer_callback import TrainerControl
@@ -28,7 +28,7 @@ from orpo_ds.data.feed import StepPlan
 from orpo_ds.data.packing import MicroBatch
 from orpo_ds.data.tokenize import TokenDataset
 from orpo_ds.dry_run import end_with_dry_run
-from orpo_ds.engine import follows_metric, gradient_norm
+from orpo_ds.engine import follows_metric, gradient_norm, release_gathered
 from orpo_ds.model.neftune import embedding_noise
 from orpo_ds.model.size import measure
 from orpo_ds.monitor.gradients import LayerGradients
@@ -36,6 +36,7 @@ from orpo_ds.monitor.report import failures_reported, wants_final_model
 from orpo_ds.monitor.wandb import FINAL_MODEL
 from orpo_ds.out_of_memory import StepOutOfMemoryError
 from orpo_ds.plan import Position, training_batches
+from orpo_ds.preemption import PreemptedExit
 from orpo_ds.prepare import training_dtype
 from orpo_ds.prepare_data import Rows
 from orpo_ds.rehearsal import feed_that_fits
@@ -92,6 +93,7 @@ class ORPOTrainer(TrainerBase):
             NonFiniteLossError: the loss became NaN or infinite; the weights are still those of the step before.
             StepOutOfMemoryError: a micro-batch does not fit; it names the settings to lower.
             SystemExit: with `args.dry_run`, after the largest micro-batch.
+            PreemptedExit: a signal ended the training (`orpo_ds.preemption`); a `SystemExit` with status 85.
             CheckpointSaveError: the last checkpoint could not be written; the model is trained, and `save_model` or
                 `save_checkpoint` may be called again. A save that fails before the last one is only logged.
         """
@@ -108,7 +110,7 @@ class ORPOTrainer(TrainerBase):
         self._ignore_keys = ignore_keys_for_eval
         if self.args.dry_run:
             end_with_dry_run(self._ready_engine(), self._layout, self.train_dataset, args=self.args)
-        with sole_job(self.args.run_dir, self.checkpoints.ranks):
+        with self.preemption.listening(), sole_job(self.args.run_dir, self.checkpoints.ranks):
             source = self.checkpoints.claim(resume_from_checkpoint, dataset=self.train_dataset)
             self._owns_output_dir = True
             self._ready_engine()
@@ -144,7 +146,13 @@ class ORPOTrainer(TrainerBase):
         if self.args.eval_on_start and state.global_step == 0:
             self.evaluate(ignore_keys=self._ignore_keys)
         watch.start(state.global_step)
+        if position.evaluation_due:
+            self._evaluate_unless_preempted()
+        if self.preemption.agree():
+            self._save_and_leave()
         for epoch in range(position.epoch, state.num_train_epochs):
+            if self.control.should_training_stop:
+                break
             self._event("on_epoch_begin")
             todo = position.steps_left(batches, at_most=state.max_steps - state.global_step)
             with closing(feed.steps(map(batches.pairs, todo), device=self.args.device)) as steps:
@@ -161,8 +169,6 @@ class ORPOTrainer(TrainerBase):
             position.end_epoch(batches)
             self._event("on_epoch_end")
             self._log_evaluate_save(watch)
-            if self.control.should_training_stop:
-                break
         if self.args.logging_strategy != IntervalStrategy.NO:
             self._log_steps(watch)  # those after the last log
         summary = watch.summary()
@@ -179,11 +185,19 @@ class ORPOTrainer(TrainerBase):
         self._event("on_step_begin")
         engine.deepspeed.train()
         try:
-            outcome = train_step(engine, plan, micro_batches, record=watch.record, notify=self._event)
+            outcome = train_step(
+                engine,
+                plan,
+                micro_batches,
+                record=watch.record,
+                notify=self._event,
+                told_to_stop=lambda: self.preemption.noted,
+            )
         except NonFiniteLossError as error:
             raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
         except StepOutOfMemoryError as error:
             raise error.at(f"at step {self.state.global_step + 1} ({self._continue_from()})") from error
+        self.preemption.agreed |= outcome.stop
         watch.end_step(outcome, pairs=plan.pairs, learning_rate=engine.optimizer.param_groups[0]["lr"])
         if self.args.include_num_input_tokens_seen != "no":
             padding = self.args.include_num_input_tokens_seen == "all"
@@ -195,19 +209,43 @@ class ORPOTrainer(TrainerBase):
 
     def _log_evaluate_save(self, watch: Watch) -> None:
         """What the callbacks' flow control asks for, at the end of a step and again at the end of an epoch."""
-        engine = self._ready_engine()
-        if self.control.should_log:
+        if self.control.should_log or self.preemption.agreed:
             self._log_steps(watch)
+        takes_long = self.control.should_evaluate or self.control.should_save
         with watch.paused():
             if self.control.should_evaluate:
-                found = self.evaluate(ignore_keys=self._ignore_keys)
-                if follows_metric(engine.scheduler):
-                    engine.scheduler.step(best.metric(found, self.args))
-                is_best = best.note(found, self.args, self.state)
-                if self.args.save_strategy == SaveStrategy.BEST:
-                    self.control.should_save = is_best
-            if self.control.should_save:
+                self._evaluate_unless_preempted()
+            if self.control.should_save and not self.preemption.agreed:
                 self._save_or_go_on()
+        if self.preemption.agreed or (takes_long and self.preemption.agree()):
+            self._save_and_leave()
+
+    def _evaluate_unless_preempted(self) -> None:
+        """Evaluate between two steps; in a run that is to stop, `position` says that it is still to be done."""
+        engine, self.position.evaluation_due = self._ready_engine(), True
+        if self.preemption.agreed:
+            return
+        try:
+            found = self.evaluate(ignore_keys=self._ignore_keys)
+        except PreemptedExit:
+            release_gathered(engine.deepspeed)
+            return
+        self.position.evaluation_due = False
+        if follows_metric(engine.scheduler):
+            engine.scheduler.step(best.metric(found, self.args))
+        is_best = best.note(found, self.args, self.state)
+        if self.args.save_strategy == SaveStrategy.BEST:
+            self.control.should_save = is_best
+
+    def _save_and_leave(self) -> NoReturn:
+        """Stop a training that a signal has ended, all ranks after the same step."""
+        step = self.state.global_step
+        if step != self.checkpoints.resumable_step:
+            self.control.should_evaluate = self.control.should_save = False
+            self._export_states()
+            self.checkpoints.save(self._ready_engine(), self.state, resumable=True)
+            self._event("on_save")
+        raise PreemptedExit(step)
 
     def _log_steps(self, watch: Watch) -> None:
         """Log the steps since the last log, if there were any. Collective."""

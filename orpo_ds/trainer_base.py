@@ -26,10 +26,11 @@ from orpo_ds.monitor.verbosity import set_verbosity
 from orpo_ds.plan import Position, plan_training, training_batches
 from orpo_ds.policy import OrpoPolicy
 from orpo_ds.predictions import Preprocess
+from orpo_ds.preemption import PreemptedExit, Preemption
 from orpo_ds.prepare import prepare_model, prepare_processing
 from orpo_ds.prepare_data import Rows, prepare_training_set
 from orpo_ds.publish import Publisher
-from orpo_ds.saving import RunCheckpoints
+from orpo_ds.saving import RunCheckpoints, can_be_resumed
 from orpo_ds.sequence_group import sequence_group
 from orpo_ds.tensor_parallel import shard_over_ranks
 
@@ -80,6 +81,9 @@ class TrainerBase:
             self.args, ranks=job_ranks(), processing_class=self.processing_class
         )
         self.position = Position()
+        self.preemption = Preemption(
+            enabled=self.args.enable_jit_checkpoint and can_be_resumed(self.args), device=self.args.device
+        )
         self.state = TrainerState(
             is_local_process_zero=self.args.local_process_index == 0,
             is_world_process_zero=distributed.is_main(),
@@ -202,6 +206,8 @@ class TrainerBase:
     def _after_round(self, rounds: int) -> None:
         self.callback_handler.eval_dataloader = range(rounds)  # the progress bar asks for its length
         self._event("on_prediction_step")
+        if self.preemption.agree() and (self.position.evaluation_due or self.state.global_step == 0):
+            raise PreemptedExit(self.state.global_step)
 
     def _event(self, name: str, **details: Any) -> None:
         """Tell the callbacks; they answer through `self.control`."""

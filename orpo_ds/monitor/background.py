@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from orpo_ds.preemption import PreemptedExit
 from orpo_ds.redact import redact, redact_text
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ MAX_WAITING_EVENTS = 10_000
 # The start may hook itself into the model, so it is waited for, but not for a server that does not answer.
 START_SECONDS = 10.0
 END_SECONDS = 60.0
+PREEMPTION_SECONDS = 10.0  # DeepSpeed's launcher kills after 30, the save among them
 
 
 class Background(TrainerCallback):
@@ -109,6 +111,14 @@ class Background(TrainerCallback):
 
     def report_failure(self, error: BaseException) -> None:
         """Mark the run as failed, in the thread; a dashboard that does not know failures has nothing to do."""
+
+    def on_preemption(self, stop: PreemptedExit) -> None:
+        """Report that the training was stopped and will be continued; the machine may be gone soon."""
+        self._put(lambda: self.report_preemption(stop))
+        self.drain(PREEMPTION_SECONDS)
+
+    def report_preemption(self, stop: PreemptedExit) -> None:
+        """Mark the run as preempted, in the thread; a dashboard that does not know that has nothing to do."""
 
     def drain(self, seconds: float) -> bool:
         """Wait until every event so far is reported, at most `seconds`; returns whether it is."""

@@ -23,6 +23,7 @@ from orpo_ds.monitor.background import in_background
 from orpo_ds.monitor.run_file import RunFile
 from orpo_ds.monitor.tensorboard import OrpoTensorBoardCallback
 from orpo_ds.monitor.wandb import NodeRun, OrpoWandbCallback
+from orpo_ds.preemption import PreemptedExit
 
 # What each integration of transformers asks for, and the package that answers.
 PACKAGES: dict[str, tuple[Callable[[], bool], str]] = {
@@ -58,6 +59,14 @@ class FailureSink(Protocol):
 
     def on_failure(self, error: BaseException) -> None:
         """Note the error that ends the training."""
+
+
+@runtime_checkable
+class PreemptionSink(Protocol):
+    """A callback that wants to know when a signal ends the training."""
+
+    def on_preemption(self, stop: PreemptedExit) -> None:
+        """Note that the training was stopped and will be continued."""
 
 
 def check_report_to(report_to: str | Sequence[str] | None) -> list[str]:
@@ -174,9 +183,14 @@ def log_table(
 
 @contextmanager
 def failures_reported(handler: CallbackHandler) -> Iterator[None]:
-    """Tell the dashboards when what happens inside fails, and let the error go on."""
+    """Tell the dashboards when what happens inside fails or is preempted, and let the error go on."""
     try:
         yield
+    except PreemptedExit as stop:
+        for callback in handler.callbacks:
+            if isinstance(callback, PreemptionSink):
+                callback.on_preemption(stop)
+        raise
     except BaseException as error:
         for callback in handler.callbacks:
             if isinstance(callback, FailureSink):

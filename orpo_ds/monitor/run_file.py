@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from orpo_ds.monitor.background import Background
 from orpo_ds.monitor.run_state import RUN_STATE_FILE, RunState
+from orpo_ds.preemption import PreemptedExit
 from orpo_ds.redact import redact_text
 
 
@@ -71,6 +72,11 @@ class _Writer(TrainerCallback):
 
 class RunFile(Background, _Writer):
     """Writes `run.json` in the background, so that a slow or full disk costs the training nothing."""
+
+    def report_preemption(self, stop: PreemptedExit) -> None:
+        """Say that the training is to be continued."""
+        if self.run is not None:
+            self.write(replace(self.run, state="preempted", step=stop.step, updated=time.time()))
 
     def report_failure(self, error: BaseException) -> None:
         """Say what the training failed with."""

@@ -18,7 +18,7 @@ RUN_STATE_FILE = "run.json"
 # Without a process to look at: this many times the usual pause between two signs, and never less than five minutes.
 SILENT_PAUSES, SILENT_SECONDS = 5.0, 300.0
 
-Phase = Literal["running", "finished", "failed"]
+Phase = Literal["running", "finished", "preempted", "failed"]
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from rich.text import Text
 from orpo_ds.monitor.history import History, find_run, read_history
 from orpo_ds.monitor.run_state import RunState, is_alive, read_run_state
 
-Phase = Literal["running", "finished", "failed", "dead", "unknown"]
+Phase = Literal["running", "finished", "preempted", "failed", "dead", "unknown"]
 
 COLORS: dict[Phase, str] = {
     "running": "green",
     "finished": "blue",
+    "preempted": "yellow",
     "failed": "red",
     "dead": "red",
     "unknown": "yellow",
@@ -158,6 +159,10 @@ def render(status: Status, history: History) -> RenderableType:
     parts.append(_checkpoint_line(status.checkpoint))
     if status.error is not None:
         parts.append(Text(status.error, style="red"))
+    if status.phase == "preempted":
+        parts.append(
+            Text("A signal stopped it, and it was saved. Continue it with --resume_from_checkpoint true.")
+        )
     if status.phase == "dead":
         parts.append(
             Text(

@@ -29,6 +29,7 @@ from transformers.integrations.integration_utils import (
 
 from orpo_ds.monitor.background import END_SECONDS, Background
 from orpo_ds.monitor.source import source_facts
+from orpo_ds.preemption import REQUEUE_EXIT_CODE, PreemptedExit
 from orpo_ds.redact import redact, redact_command_line, redact_text
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,13 @@ class OrpoWandbCallback(Background, ModelArtifact):  # type: ignore[misc]
         self._wandb.alert(title="The training failed", text=text, level=self._wandb.AlertLevel.ERROR)
         self._wandb.run.summary["error"] = text
         self._wandb.finish(exit_code=1)
+
+    def report_preemption(self, stop: PreemptedExit) -> None:
+        """End the run as preempted: W&B shows it so, and the resume continues it under its id."""
+        if self._wandb is None or self._wandb.run is None:
+            return
+        self._wandb.run.mark_preempting()
+        self._wandb.finish(exit_code=REQUEUE_EXIT_CODE)
 
     def _saved_id(self) -> str | None:
         path = self._run_file()

@@ -78,11 +78,6 @@ class Group:
     claims: tuple[Claim, ...]
 
 
-def not_built(name: str, what: str, *, accepts: tuple[Any, ...] = ()) -> Refused:
-    """A field that belongs here and does not work yet."""
-    return Refused(name, f"{what} is not built yet", "Leave it out.", accepts=accepts)
-
-
 def shown(name: str, value: object) -> str:
     """`name=value` for a message; never a token."""
     return f"{name}=<token>" if name.endswith("_token") else f"{name}={value!r}"

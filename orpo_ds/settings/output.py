@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused, not_built
+from orpo_ds.settings.claims import Claim, Group, Honoured, Mapped, Refused
 
 _CHECKPOINTS: tuple[Claim, ...] = (
     Honoured(
@@ -37,7 +37,12 @@ _CHECKPOINTS: tuple[Claim, ...] = (
         "A checkpoint is a model folder with a manifest; to resume from it is refused.",
         "tests/test_best.py::test_save_only_model",
     ),
-    not_built("enable_jit_checkpoint", "a checkpoint when the cluster takes the machine back"),
+    Honoured(
+        "enable_jit_checkpoint",
+        "On by default: SIGTERM or SIGUSR1 to any rank saves a checkpoint after the step and ends all ranks with "
+        "status 85. Off: they do what they do to any program.",
+        "tests/faults/test_preemption.py::test_switched_off_a_signal_does_what_it_does_to_any_program",
+    ),
     Honoured(
         "resume_from_checkpoint",
         "True: the newest good one in `output_dir`; `auto`: the same, or a new run where none is; a path: that one.",
