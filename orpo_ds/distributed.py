@@ -7,9 +7,11 @@ of one rank) and spells the few collectives of the trainer once, so that no othe
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
 import socket
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +23,9 @@ T = TypeVar("T")
 
 _tensor_parallel_size = 1
 _data_group: dist.ProcessGroup | None = None  # the ranks whose rows are not this one's; None: all are
+
+GLOO_WORKER = "pt_gloo_runloop"  # as torch names those threads
+WORKERS_SECONDS = 5.0  # one that waits for a rank that is gone is not waited for
 
 
 def ensure_rendezvous() -> None:
@@ -73,18 +78,35 @@ def start_process_group(*, timeout_s: int, backend: str | None = None) -> None:
     )
     if backend == "gloo":
         atexit.register(_remove_shared_memory)
-        atexit.register(_leave)
+        atexit.register(let_workers_finish)
 
 
-def _leave() -> None:
-    """Join gloo's threads while Python is whole.
+def let_workers_finish() -> None:
+    """Give gloo's threads the interpreter until they have nothing left to do in it. At the end of the process.
 
-    One that still holds the tensors of the last collective asks for Python's lock to free them. Where Python is being
-    torn down at that moment the process ends with "terminate called without an active exception" and status -6, after
-    all its work is done (pytorch #179291).
+    A collective is over for the ranks when its thread still has to drop the tensors; where Python has dropped them
+    already, the thread needs the GIL for that. If the interpreter is shutting down by then, it ends the thread, C++
+    calls `std::terminate`, and a process that had done everything right dies of SIGABRT (pytorch #179291). The groups cannot be ended
+    instead: destroying them ends the threads only when nobody holds a reference, and DeepSpeed does.
+
+    A thread that waits for the GIL, or for work, sleeps; one that is about to do either does not. While this function
+    sleeps, the GIL is free: a thread that is asleep at several looks in a row has nothing left to do.
     """
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    deadline, asleep = time.monotonic() + WORKERS_SECONDS, 0
+    while asleep < 3 and time.monotonic() < deadline:
+        asleep = asleep + 1 if all(state == "S" for state in _worker_states()) else 0
+        time.sleep(0.01)
+
+
+def _worker_states() -> list[str]:
+    """What Linux says of each of gloo's worker threads: `S` for asleep, `R` for running or ready to run."""
+    states = []
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            name, _, rest = stat.read_text().rpartition(")")
+            if name.partition("(")[2] == GLOO_WORKER:
+                states.append(rest.split()[0])
+    return states
 
 
 def form_tensor_groups(size: int) -> None:

@@ -10,11 +10,9 @@ from tests.environment import without_rendezvous
 from tests.small_runs import REPOSITORY, settings
 
 JOIN = """
-import atexit
 import torch
 import torch.distributed as dist
 from orpo_ds import distributed
-atexit.register(lambda: print("at the end:", dist.is_initialized()))
 try:
     distributed.start_process_group(timeout_s=77, backend="nothing")
 except ValueError as error:
@@ -38,8 +36,6 @@ def test_the_process_group_is_the_one_asked_for() -> None:
     lines = finished.stdout.splitlines()
     assert "ddp_backend='nothing': this torch has no such backend. Leave it out." in lines, finished.stderr
     assert "gloo 77.0" in lines
-    # gloo's threads are joined before Python is torn down: left running, they abort one process in some hundreds.
-    assert lines[-1] == "at the end: False"
 
 
 def test_another_backend_than_the_one_that_runs(tmp_path: Path) -> None:
@@ -53,3 +49,20 @@ def test_a_local_rank_that_is_not_the_launchers(tmp_path: Path, monkeypatch: pyt
     assert settings(tmp_path / "run", local_rank=0).local_process_index == 0
     with pytest.raises(ValueError, match="local_rank=3, but the launcher's LOCAL_RANK says 0"):
         settings(tmp_path / "run", local_rank=3)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_rank_that_is_done_ends_well_though_gloo_is_not() -> None:
+    """Half of these rounds die of SIGABRT where nobody waits for gloo's threads."""
+    rounds = 6
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.exit_worker", str(rounds)],
+        cwd=REPOSITORY,
+        env=without_rendezvous(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    statuses = [line for line in finished.stdout.splitlines() if line.startswith("statuses")]
+    assert statuses == ["statuses 0 0"] * rounds, finished.stderr[-4000:]
