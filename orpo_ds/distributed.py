@@ -86,8 +86,8 @@ def let_workers_finish() -> None:
 
     A collective is over for the ranks when its thread still has to drop the tensors; where Python has dropped them
     already, the thread needs the GIL for that. If the interpreter is shutting down by then, it ends the thread, C++
-    calls `std::terminate`, and a process that had done everything right dies of SIGABRT (pytorch #179291). The groups cannot be ended
-    instead: destroying them ends the threads only when nobody holds a reference, and DeepSpeed does.
+    calls `std::terminate`, and a process that had done everything right dies of SIGABRT (pytorch #179291). The groups
+    cannot be ended instead: destroying them ends the threads only when nobody holds a reference, and DeepSpeed does.
 
     A thread that waits for the GIL, or for work, sleeps; one that is about to do either does not. While this function
     sleeps, the GIL is free: a thread that is asleep at several looks in a row has nothing left to do.

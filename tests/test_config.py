@@ -18,6 +18,8 @@ from tests.small_runs import settings
 DECIDED_OTHERWISE = {
     # TRL turns it on; here the packed rows and the tiled head make it a choice, and off is faster.
     "gradient_checkpointing",
+    # A run that its cluster takes the machine from is saved, without being told so.
+    "enable_jit_checkpoint",
     # The defaults that TRL had before transformers 5 spelled them otherwise (tests/settings/orpo_config_fields.tsv).
     "fsdp",
     "include_num_input_tokens_seen",
