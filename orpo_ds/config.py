@@ -220,6 +220,7 @@ class ORPOConfig(DroppedFields, TrainingArguments):
     def __post_init__(self) -> None:
         """Check the values, settle the precision, join the process group, fill DeepSpeed's `auto` values."""
         taken = take_dropped(self)
+        self.kept_global_batch_size: int | None = None  # of a run that is resumed on other ranks
         check_values(self)
         settings = read_deepspeed_config(self.deepspeed)
         self.deepspeed = settings
@@ -385,7 +386,9 @@ class ORPOConfig(DroppedFields, TrainingArguments):
 
     @property
     def global_batch_size(self) -> int:
-        """Pairs of one optimizer step over all ranks."""
+        """Pairs of one optimizer step over all ranks; a run that is resumed on other ranks keeps its own."""
+        if self.kept_global_batch_size is not None:
+            return self.kept_global_batch_size
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
 
 

@@ -15,12 +15,15 @@ from orpo_ds.checkpoint import (
     CheckpointMetadata,
     CheckpointSaveError,
     CheckpointStore,
+    Manifest,
     Ranks,
     check_resume,
     claim_output_dir,
     load_rank_state,
+    read_manifest,
     resolve_resume,
     save_rank_state,
+    seed_rank_anew,
     verify,
 )
 from orpo_ds.checkpoint.engine_state import checkpoint_bytes, load_engine, save_engine
@@ -73,7 +76,8 @@ class RunCheckpoints:
             dataset: the training set.
 
         Returns:
-            A verified checkpoint of a run with the same settings; None for a new run.
+            A verified checkpoint of a run with the same settings, whose global batch size `args` now has; None for a
+            new run.
 
         Raises:
             ValueError: another run is in `output_dir`, or the resume is not possible.
@@ -93,10 +97,32 @@ class RunCheckpoints:
         )
         self.store.clean_up()
         if source is not None:  # before minutes go into an engine that cannot use it
-            check_resume(source, self._metadata(TrainerState(epoch=0.0)))
+            self._keep_global_batch(check_resume(source, self._metadata(TrainerState(epoch=0.0))))
             if distributed.is_main():
                 copy_run_id(source, args.run_dir)
         return source
+
+    def _keep_global_batch(self, manifest: Manifest) -> None:
+        """Go on with the checkpoint's pairs a step, on however many ranks: steps, epochs and schedule stay as they are.
+
+        A job that comes back with fewer nodes then goes on by itself.
+        """
+        pairs = manifest.metadata.global_batch_size
+        if pairs == self.args.global_batch_size:
+            return
+        if distributed.is_main():
+            logger.warning(
+                "the checkpoint's run trains on %d pairs a step and goes on with them: steps, epochs and schedule stay "
+                "as they are. per_device_train_batch_size=%d x gradient_accumulation_steps=%d on the ranks of this job "
+                "would make %d; each rank runs as many micro-batches as it takes.",
+                pairs,
+                self.args.per_device_train_batch_size,
+                self.args.gradient_accumulation_steps,
+                self.args.global_batch_size,
+            )
+        self.args.kept_global_batch_size = pairs
+        if isinstance(self._dataset, TokenStream):
+            self._dataset.global_batch_size = pairs
 
     def _metadata(self, state: TrainerState, *, only_model: bool = False) -> CheckpointMetadata:
         """What a checkpoint says about the run and itself, and what a resume compares."""
@@ -215,7 +241,11 @@ class RunCheckpoints:
             ValueError: a stream has other rows than it had then.
         """
         load_engine(engine.deepspeed, source, scheduler=engine.scheduler, only_trained=_adapters_only(engine))
-        load_rank_state(source, self.ranks)
+        before = read_manifest(source).metadata
+        if before.world_size == self.ranks.world_size:
+            load_rank_state(source, self.ranks)
+        else:
+            seed_rank_anew(seed=before.seed, step=before.step, ranks=self.ranks)
         if isinstance(self._dataset, TokenStream):
             place = json.loads((source / STREAM_POSITION).read_text())
             if self.args.ignore_data_skip:

@@ -14,13 +14,14 @@ The trainer uses it like this, on all ranks:
     store.save(write, metadata)     # write(folder): save_engine, save_rank_state, trainer_state.json
     store.prune(keep=[best])
 
-`check_engine`, `save_engine` and `load_engine` are in `engine_state`, the one module that imports DeepSpeed.
+`check_engine`, `save_engine` and `load_engine` are in `engine_state`. It, `shards` (the files, by parameter) and
+`elastic` (a checkpoint of other ranks or another ZeRO stage) are the modules that know DeepSpeed.
 """
 
 from orpo_ds.checkpoint.lock import sole_job
 from orpo_ds.checkpoint.manifest import CheckpointMetadata, Manifest, read_manifest, verify
 from orpo_ds.checkpoint.output_dir import claim_output_dir
-from orpo_ds.checkpoint.rank_state import load_rank_state, save_rank_state
+from orpo_ds.checkpoint.rank_state import load_rank_state, save_rank_state, seed_rank_anew
 from orpo_ds.checkpoint.ranks import Ranks, job_ranks, one_rank
 from orpo_ds.checkpoint.resume import check_resume, resolve_resume
 from orpo_ds.checkpoint.store import CheckpointSaveError, CheckpointStore
@@ -39,6 +40,7 @@ __all__ = [
     "read_manifest",
     "resolve_resume",
     "save_rank_state",
+    "seed_rank_anew",
     "sole_job",
     "verify",
 ]

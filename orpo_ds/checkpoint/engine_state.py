@@ -13,6 +13,8 @@ Two things DeepSpeed 0.19 does not do:
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,13 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
+from orpo_ds.checkpoint.elastic import engine_layout, load_other_layout, optimizer_slots, refuse_fixed
 from orpo_ds.checkpoint.rank_state import save_torch_file
+from orpo_ds.checkpoint.shards import OPTIMIZER_NAMES, open_engine, saved_layout
+
+logger = logging.getLogger(__name__)
 
 ENGINE_TAG = "engine"
 SCHEDULER_FILE = "scheduler.pt"
@@ -158,17 +165,30 @@ def save_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any, only_t
         raise writer.failures[0]
     if engine.global_rank == 0:
         save_torch_file(scheduler.state_dict(), folder / SCHEDULER_FILE)
+        if type(engine.optimizer) is FP16_UnfusedOptimizer or engine.optimizer is engine.basic_optimizer:
+            names = [name for slot in optimizer_slots(engine) for name in slot.names]
+            (folder / ENGINE_TAG / OPTIMIZER_NAMES).write_text(json.dumps(names))
 
 
 def load_engine(engine: DeepSpeedEngine, folder: Path, *, scheduler: Any, only_trained: bool = False) -> None:
     """Set a freshly made engine and schedule to a *verified* checkpoint. All ranks call it.
 
+    On the same ranks, with the same `zero_optimization`, DeepSpeed loads what it wrote; else `elastic.py` deals it out.
+
     Raises:
+        ValueError: it was written in another layout and cannot be dealt out anew.
         RuntimeError: DeepSpeed loaded nothing.
     """
-    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_module_strict=not only_trained)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
+    before, now = saved_layout(folder / ENGINE_TAG), engine_layout(engine)
+    if before == now:
+        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_module_strict=not only_trained)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
+    else:
+        if engine.global_rank == 0:
+            logger.warning("%s was written %s: it is dealt out %s", folder, before, now)
+        refuse_fixed(before, now)
+        load_other_layout(engine, open_engine(folder / ENGINE_TAG), only_trained=only_trained)
     if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
         replay_bias_corrections(engine.basic_optimizer)
     scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, map_location="cpu", weights_only=True))

@@ -30,6 +30,19 @@ def load_rank_state(folder: Path, ranks: Ranks) -> None:
     set_random_state(torch.load(_path(folder, ranks), map_location="cpu", weights_only=True))
 
 
+def seed_rank_anew(*, seed: int, step: int, ranks: Ranks) -> None:
+    """Start this rank's generators for a run that continues on another number of ranks.
+
+    What they draw belongs to a rank and its micro-batches, and those are others now. Each rank gets a stream of its
+    own, which follows from (seed, step, ranks, rank) and repeats none that was drawn from before.
+    """
+    source = np.random.SeedSequence([seed, step, ranks.world_size, ranks.rank])
+    first, second, third = (int(word) for word in source.generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    torch.manual_seed(third)  # of all devices
+
+
 def random_state() -> dict[str, Any]:
     """The state of all random generators of this process, as tensors and plain values."""
     version, words, gauss = random.getstate()

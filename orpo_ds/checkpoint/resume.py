@@ -23,10 +23,9 @@ AUTO = "auto"  # continue if there is a checkpoint, else start
 COMPARED_BY_NAME = {
     "dataset_fingerprint": "the training data, or how it is tokenised, is not the same",
     "seed": "the order of the data would not be the same",
-    "global_batch_size": "keep per_device_train_batch_size x gradient_accumulation_steps x ranks as it was",
-    "world_size": "start as many ranks as before: the optimizer state is stored by rank",
-    "zero_stage": "use the DeepSpeed JSON of the checkpoint's run",
 }
+# Their product with the data-parallel ranks is the global batch.
+BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 # Fields of the config whose change makes the rest of the run another run. The learning rate, for one, would
 # come out of the checkpoint's schedule and the new value would be ignored in silence.
@@ -127,7 +126,8 @@ def check_resume(folder: Path, current: CheckpointMetadata) -> Manifest:
 
     `current.step` and `current.epoch` are not looked at. Config fields that only round differently
     (micro-batch size, tile sizes, ...) or change the length of the schedule are warned about: the run goes
-    on, not bit for bit.
+    on, not bit for bit. So it does on other ranks and under another ZeRO stage; where only the ranks changed, the
+    global batch stays the checkpoint's, which the caller sees to (`manifest.metadata.global_batch_size`).
 
     Raises:
         ValueError: names every value that differs, the checkpoint's and this run's.
@@ -145,6 +145,8 @@ def check_resume(folder: Path, current: CheckpointMetadata) -> Manifest:
         for name, advice in COMPARED_BY_NAME.items()
         if (before := getattr(saved, name)) != (now := getattr(current, name))
     ]
+    if saved.global_batch_size != current.global_batch_size:
+        differences += _batch_difference(saved, current)
     before_all, now_all = _flat(saved.config), _flat(plain_config(current.config))
     for name in sorted(before_all.keys() & now_all.keys()):
         before, now = before_all[name], now_all[name]
@@ -164,6 +166,19 @@ def check_resume(folder: Path, current: CheckpointMetadata) -> Manifest:
             + "\nSet them as they were, or start a new run with model_name_or_path set to the model so far."
         )
     return manifest
+
+
+def _batch_difference(saved: CheckpointMetadata, current: CheckpointMetadata) -> list[str]:
+    """Why the global batch cannot stay as it was; [] where it can, because only the number of ranks changed."""
+    before, now = ([one.config.get(name) for name in BATCH_FIELDS] for one in (saved, current))
+    if before == now:
+        return []
+    pairs = saved.global_batch_size
+    kept = ", ".join(f"{name}={value}" for name, value in zip(BATCH_FIELDS, before, strict=True))
+    return [
+        f"global_batch_size: {pairs} in the checkpoint, {current.global_batch_size} in this run (set {kept} as they "
+        f"were: on any number of ranks the run then goes on with {pairs} pairs a step)"
+    ]
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,6 +61,7 @@ class TokenStream:
         steps: of the whole run, which is the only epoch that a stream knows (as in transformers).
 
     Attributes:
+        global_batch_size: as above; a resumed run sets it before it reads.
         example: one of its pairs.
         fingerprint: hash of the first rows, the tokenizer and the options.
         refused: reason -> how many rows could not be used so far.
@@ -87,7 +88,7 @@ class TokenStream:
         self._processing_class = processing_class
         self._options = options
         self._unusable = unusable
-        self._global_batch_size = global_batch_size
+        self.global_batch_size = global_batch_size
         self.refused: dict[str, int] = {}
         self.row_numbers: dict[int, int] = {}
         self._pairs: dict[int, TokenPair] = {}
@@ -141,8 +142,8 @@ class TokenStream:
         assert step == self._next_step, f"the stream is at step {self._next_step}, not {step}"
         batch: list[int] = []
         epoch = self._rows.position.epoch
-        while len(batch) < self._global_batch_size:
-            wanted = list(islice(self._rows, self._global_batch_size - len(batch)))
+        while len(batch) < self.global_batch_size:
+            wanted = list(islice(self._rows, self.global_batch_size - len(batch)))
             numbers, rows = [number for number, _ in wanted], [row for _, row in wanted]
             for number, one in zip(numbers, self._tokenize(rows, numbers), strict=True):
                 if isinstance(one, RowError):
@@ -179,7 +180,7 @@ class TokenStream:
         self._pairs.clear()
         self.row_numbers.clear()
         self._next_step = self._released = position["step"]
-        self._count = self._next_step * self._global_batch_size
+        self._count = self._next_step * self.global_batch_size
         self._positions = {self._next_step: place}
 
     def _tokenize(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[TokenPair | RowError]:

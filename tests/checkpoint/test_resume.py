@@ -80,9 +80,6 @@ def test_the_same_run_may_continue(output_dir: Path, caplog: pytest.LogCaptureFi
     [
         ("dataset_fingerprint", "ffff"),
         ("seed", 8),
-        ("global_batch_size", 32),
-        ("world_size", 2),
-        ("zero_stage", 2),
     ],
 )
 def test_another_run_may_not(output_dir: Path, field: str, value: object) -> None:
@@ -92,11 +89,33 @@ def test_another_run_may_not(output_dir: Path, field: str, value: object) -> Non
     assert f"{field}: {saved!r} in the checkpoint, {value!r} in this run" in str(error.value)
 
 
+def test_other_ranks_and_another_stage_may(output_dir: Path) -> None:
+    """With them the product of the batch settings is another one; the caller keeps the checkpoint's."""
+    current = metadata(0, world_size=2, zero_stage=2, global_batch_size=32)
+    manifest = check_resume(output_dir / "checkpoint-10", current)
+    assert manifest.metadata.global_batch_size == metadata(0).global_batch_size != 32
+
+
+def test_other_batch_settings_may_not_and_the_old_ones_are_named(tmp_path: Path) -> None:
+    before = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    folder = store_in(tmp_path).save(writer(), metadata(10, config=before, global_batch_size=64))
+    with pytest.raises(ValueError) as error:
+        check_resume(
+            folder, metadata(0, config=before | {"gradient_accumulation_steps": 3}, global_batch_size=48)
+        )
+    for expected in (
+        "64 in the checkpoint, 48",
+        "size=4, gradient_accumulation_steps=2 as they were",
+        "64 pairs a step",
+    ):
+        assert expected in str(error.value)
+
+
 def test_all_differences_are_named_at_once(output_dir: Path) -> None:
-    current = metadata(0, seed=8, world_size=4, config={"learning_rate": 2e-5})
+    current = metadata(0, seed=8, dataset_fingerprint="ffff", config={"learning_rate": 2e-5})
     with pytest.raises(ValueError) as error:
         check_resume(output_dir / "checkpoint-10", current)
-    for expected in ("seed: 7", "world_size: 1", "learning_rate: 1e-05 in the checkpoint, 2e-05"):
+    for expected in ("seed: 7", "dataset_fingerprint: ", "learning_rate: 1e-05 in the checkpoint, 2e-05"):
         assert expected in str(error.value)
 
 
