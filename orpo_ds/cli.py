@@ -174,6 +174,13 @@ def submit(words: Sequence[str]) -> None:
     command.main(words)
 
 
+def convert(words: Sequence[str]) -> None:
+    """Turn a checkpoint into a model folder, or into DeepSpeed's universal format."""
+    from orpo_ds import convert as command
+
+    command.run(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "validate": validate,
@@ -182,6 +189,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "status": status,
     "plot": plot,
     "merge": merge,
+    "convert": convert,
     "preflight": preflight,
     "launch": launch,
     "supervise": supervise,

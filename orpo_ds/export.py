@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import deepspeed
@@ -43,6 +43,7 @@ def save_pretrained(
     *,
     tokenizer: ProcessingClass | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    read: Callable[[str, Tensor], Tensor] | None = None,
 ) -> list[str]:
     """Write weights (safetensors), config, generation config, and the tokenizer with its chat template.
 
@@ -55,6 +56,7 @@ def save_pretrained(
         folder: created if it does not exist.
         tokenizer: or processor; saved beside the weights.
         max_shard_bytes: of a file of weights; a larger tensor gets a file of its own.
+        read: gives the main process the numbers of a parameter or buffer; None: they are the model's own.
 
     Returns:
         The names of the files written, on all ranks.
@@ -72,7 +74,7 @@ def save_pretrained(
             # Before the weights: transformers would take them for those of an earlier save and remove them.
             on_main(ranks, lambda: _write_rest(model, partial, state=rest, tokenizer=tokenizer))
             if not is_adapter:
-                _write_weights(model, partial, max_shard_bytes=max_shard_bytes, ranks=ranks)
+                _write_weights(model, partial, max_shard_bytes=max_shard_bytes, ranks=ranks, read=read)
             return on_main(ranks, lambda: _publish(partial, target))
     except TogetherError as error:
         raise CheckpointSaveError(
@@ -88,13 +90,20 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_weights(model: PreTrainedModel, folder: Path, *, max_shard_bytes: int, ranks: Ranks) -> None:
+def _write_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    ranks: Ranks,
+    read: Callable[[str, Tensor], Tensor] | None,
+) -> None:
     """Gather the model layer by layer on all ranks, and write it on the main one."""
     shards = ShardWriter(folder, max_shard_bytes)
     failure: OSError | None = None
     layers = list(_layers(model))
     for layer in bar(layers, total=len(layers), desc="Saving the model", unit="layer"):
-        tensors = {name: _gathered(value) for name, value in layer.items()}
+        tensors = {name: read(name, value) if read else _gathered(value) for name, value in layer.items()}
         if ranks.is_main and failure is None:
             try:
                 shards.add(revert_weight_conversion(model, tensors))

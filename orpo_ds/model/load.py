@@ -6,6 +6,7 @@ loads only its shard. A model object that the user made is taken as it is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import logging
@@ -60,14 +61,27 @@ def load_model(
     """
     _check_path(name)
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(name, **shared)
-    if config.is_encoder_decoder:
-        family: Any = AutoModelForSeq2SeqLM
-    else:
-        family = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+    family = _family(AutoConfig.from_pretrained(name, **shared))
     return family.from_pretrained(
         name, dtype=dtype, attn_implementation=attn_implementation, **shared, **from_pretrained
     )
+
+
+def empty_model(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder or hub id on the meta device: its shapes, its names and its way to save, and no weights."""
+    _check_path(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = _family(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    with contextlib.suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model
+
+
+def _family(config: PreTrainedConfig) -> Any:
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
 def reads_images(config: PreTrainedConfig) -> bool:
