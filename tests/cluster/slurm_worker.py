@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orpo_ds.preemption import leave_on_signals
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from orpo_ds import ORPOTrainer, cli, distributed, saving
+from orpo_ds.preemption import leave_on_signals
 from orpo_ds.script_data import load_script_rows
 
 LONGEST_WAIT_S = 300
