@@ -128,6 +128,9 @@ def global_loss(losses: list[tuple[Tensor, MicroBatch]], *, told_to_stop: bool =
     own = torch.stack([loss for loss, _ in losses]).sum()
     total, told = distributed.sum_over_ranks(torch.stack((own, own.new_tensor(float(told_to_stop))))).tolist()
     if math.isfinite(total):
+        # The sum is over ranks with other rows; where some have the same rows, they must know as well.
+        if distributed.data_size() < distributed.world_size():
+            told = distributed.max_over_ranks(own.new_tensor(told)).item()
         return total, told > 0
     mine = [pair for loss, batch in losses if not math.isfinite(loss.item()) for pair in batch.pair_ids]
     raise NonFiniteLossError(total, [pair for pairs in distributed.gather_objects(mine) for pair in pairs])

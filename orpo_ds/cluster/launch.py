@@ -34,8 +34,8 @@ from orpo_ds.cluster.hostfile import read_hostfile
 from orpo_ds.cluster.job import JOB_VARIABLE
 from orpo_ds.cluster.preflight import add_limits, check_hosts, limits_of
 from orpo_ds.cluster.remote import LOST, SSH_OPTIONS_VARIABLE, on_hosts, ssh_options
-from orpo_ds.cluster.restarts import PREEMPTED
 from orpo_ds.cluster.transport import over_ssh
+from orpo_ds.preemption import REQUEUE_EXIT_CODE
 
 SSH_TIMEOUT_S = 60.0
 POLL_S = 0.2
@@ -91,7 +91,8 @@ class Progress:
     def failure(self) -> tuple[str, int] | None:
         """The host that failed first, and its status; one that was preempted (85) has not failed."""
         return next(
-            ((host, status) for host, status in list(self.failed.items()) if status != PREEMPTED), None
+            ((host, status) for host, status in list(self.failed.items()) if status != REQUEUE_EXIT_CODE),
+            None,
         )
 
 
@@ -207,7 +208,7 @@ class _Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._passes_on:
-            raise SystemExit(PREEMPTED)
+            raise SystemExit(REQUEUE_EXIT_CODE)
         if self._asked and number != signal.SIGUSR1:
             self.insists = True
             return

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-PREEMPTED = 85  # the exit status of a run that was asked to stop and has saved
-USAGE_ERROR = 2  # ... and of one that refuses its settings
+from orpo_ds.preemption import REQUEUE_EXIT_CODE
+
+USAGE_ERROR = 2  # the exit status of a run that refuses its settings
 DEFAULT_LIMIT = 3
 CHAIN_FILE = ".orpo_ds.restarts.json"
 DEFAULT_OUTPUT_DIR = "trainer_output"  # of transformers' TrainingArguments
@@ -110,7 +111,7 @@ class Restarts:
         chain = self._read()
         assert chain is not None, "begin comes first"
         newest = newest_step(self.run_dir)
-        how = "was preempted" if status == PREEMPTED else f"ended with exit status {status}"
+        how = "was preempted" if status == REQUEUE_EXIT_CODE else f"ended with exit status {status}"
         if newest > chain.newest:
             return Ended(f"the run {how}; its newest checkpoint is {checkpoint_name(newest)}", progress=True)
         if status == USAGE_ERROR and chain.starts == 1:

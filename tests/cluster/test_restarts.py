@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from orpo_ds.cluster.restarts import (
-    PREEMPTED,
     USAGE_ERROR,
     GivenUpError,
     Restarts,
     newest_step,
     run_dir_of,
 )
+from orpo_ds.preemption import REQUEUE_EXIT_CODE
 from tests.checkpoint.folders import metadata, store_in, writer
 
 
@@ -86,7 +86,7 @@ def test_a_preemption_is_told_from_a_crash(tmp_path: Path) -> None:
     restarts = Restarts(tmp_path, name="a")
     restarts.begin()
     save(tmp_path, 5)
-    assert "preempted; its newest checkpoint is checkpoint-5" in restarts.judge(PREEMPTED).text
+    assert "preempted; its newest checkpoint is checkpoint-5" in restarts.judge(REQUEUE_EXIT_CODE).text
     assert "exit status 137" in restarts.judge(137).text
 
 

@@ -23,7 +23,6 @@ WAIT_S = 200  # for anything, however busy the machine is
 RANKS = 2
 OURS = "orpo_ds (train|supervise)|slurm_worker|wandb-core"
 
-pytest.importorskip("orpo_ds.preemption", reason="ranks that answer a signal with a checkpoint")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from orpo_ds.checkpoint import verify
-from orpo_ds.cluster.restarts import PREEMPTED
 from orpo_ds.monitor.jsonl import read_metrics
+from orpo_ds.preemption import REQUEUE_EXIT_CODE
 from tests import small_runs
 from tests.cluster import chain_worker
 from tests.cluster.chain_worker import STEPS
@@ -79,7 +79,7 @@ def test_it_ends_with_the_status_of_the_last_start_when_nothing_is_gained(tmp_pa
 def test_a_signal_reaches_the_ranks_through_a_launcher_that_does_not_know_it(tmp_path: Path) -> None:
     rank = script(
         tmp_path / "rank.py",
-        f"signal.signal(signal.SIGUSR1, lambda *_: sys.exit({PREEMPTED}))",
+        f"signal.signal(signal.SIGUSR1, lambda *_: sys.exit({REQUEUE_EXIT_CODE}))",
         f"open({str(tmp_path / 'ready')!r}, 'w').close()",
         "time.sleep(60)",
     )
@@ -88,7 +88,7 @@ def test_a_signal_reaches_the_ranks_through_a_launcher_that_does_not_know_it(tmp
     wait_for(tmp_path / "ready")
     supervised.send_signal(signal.SIGTERM)
     output, _ = supervised.communicate(timeout=TIMEOUT_S)
-    assert supervised.returncode == PREEMPTED, output
+    assert supervised.returncode == REQUEUE_EXIT_CODE, output
     assert "goes on from there" in output
 
 
