@@ -297,7 +297,6 @@ def test_nothing_to_resume(tmp_path: Path, named: bool) -> None:
         ({"seed": 7}, ["seed: 42 in the checkpoint, 7 in this run"]),
         ({"pairs": 10}, ["dataset_fingerprint: '"]),
         ({"per_device_train_batch_size": 1}, ["global_batch_size: 4 in the checkpoint, 2 in this run"]),
-        ({"deepspeed": "zero3"}, ["zero_stage: 2 in the checkpoint, 3 in this run"]),
         ({"learning_rate": 2e-3}, ["learning_rate: 0.001 in the checkpoint, 0.002 in this run"]),
         (
             {"beta": 0.3, "lr_scheduler_type": "linear"},
@@ -319,7 +318,9 @@ def test_a_run_of_other_settings_is_refused(copied: Path, changes: dict[str, Any
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_another_number_of_ranks_is_refused(killed_and_resumed: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_finds_the_same_parameters(killed_and_resumed: Path, tmp_path: Path) -> None:
+    """Bit for bit; how such a run goes on is in tests/checkpoint/test_elastic.py."""
     trainer = make_trainer(tmp_path / "run", pairs=11, deepspeed="zero3_offload", weight_decay=0.01)
-    with pytest.raises(ValueError, match="world_size: 2 in the checkpoint, 1 in this run"):
-        trainer.train(resume_from_checkpoint=str(killed_and_resumed / "whole" / f"checkpoint-{STEPS}"))
+    trainer.train(resume_from_checkpoint=str(killed_and_resumed / "whole" / f"checkpoint-{STEPS}"))
+    assert trainer.state.global_step == STEPS
+    assert list(differences(parameters(trainer), torch.load(killed_and_resumed / "whole.pt"))) == []
