@@ -9,7 +9,6 @@ from the bytes that left the host; so is latency, because this kernel cannot del
 """
 
 import argparse
-import fcntl
 import os
 import subprocess
 import sys
@@ -21,9 +20,8 @@ from _watch import Watched, read
 from _workload import DEMO_DATA, REPOSITORY
 
 from orpo_ds.demo.model import smollm2_folder
-from tests.cluster.virtual_hosts import VirtualHosts, environment, run_tool
+from tests.cluster.virtual_hosts import VirtualHosts, environment, run_tool, sole_use
 
-LOCK = Path("/tmp/orpo-test-hosts.lock")
 GLOBAL_BATCH = 4
 ROUND_TRIPS_S = (50e-6, 500e-6)  # of a good switch; of a routed network
 UNITS = {"gbit": 1e9, "mbit": 1e6}
@@ -40,19 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.steps < 3:
         sys.exit("--steps: at least 3, because the first and the last are not timed.")
     model = options.model or smollm2_folder()
-    with tempfile.TemporaryDirectory() as scratch, LOCK.open("w") as lock:
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         alone = run_alone(folder, model, steps=options.steps)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run_tool("hosts_up.sh", "2")
-        try:
+        with sole_use():
+            run_tool("hosts_up.sh", "2")
             hosts = VirtualHosts()
             runs = {
                 rate: run_on_hosts(hosts, folder, model, steps=options.steps, rate=rate)
                 for rate in [None, *options.rates]
             }
-        finally:
-            run_tool("hosts_down.sh")
     report(model, alone, runs)
 
 

@@ -10,7 +10,6 @@ on this machine and only the first two happen. At the end the model's file must 
 """
 
 import argparse
-import fcntl
 import hashlib
 import os
 import random
@@ -31,10 +30,9 @@ from _workload import REPOSITORY
 from orpo_ds.cluster.restarts import newest_step
 from orpo_ds.monitor.jsonl import read_metrics
 from tests import small_runs
-from tests.cluster.virtual_hosts import VirtualHosts, environment, run_tool, tools_folder
+from tests.cluster.virtual_hosts import VirtualHosts, environment, run_tool, sole_use, tools_folder
 from tests.faults.test_resume import numbers
 
-LOCK = Path("/tmp/orpo-test-hosts.lock")
 SAVE_STEPS = 5
 LATEST_S = 1.5  # a kill comes at most so long after the first checkpoint of a start
 CUT_S = 10.0  # ssh misses a host after 6 s
@@ -147,13 +145,9 @@ def place_of(*, here: bool) -> Iterator[Place]:
     if here:
         yield Here()
         return
-    with LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with sole_use():
         run_tool("hosts_up.sh", "2")
-        try:
-            yield OnHosts()
-        finally:
-            run_tool("hosts_down.sh")
+        yield OnHosts()
 
 
 def words(folder: Path, name: str, steps: int) -> list[str]:

@@ -196,7 +196,9 @@ class ORPOTrainer(TrainerBase):
         except NonFiniteLossError as error:
             raise NonFiniteLossError(error.loss, error.pairs, advice=self._advice(error)) from error
         except StepOutOfMemoryError as error:
-            raise error.at(f"at step {self.state.global_step + 1} ({self._continue_from()})") from error
+            # Perhaps on this rank alone, so nothing collective is asked.
+            found = _continue_from(self.checkpoints.store.newest_whole())
+            raise error.at(f"at step {self.state.global_step + 1} ({found})") from error
         self.preemption.agreed |= outcome.stop
         watch.end_step(outcome, pairs=plan.pairs, learning_rate=engine.optimizer.param_groups[0]["lr"])
         if self.args.include_num_input_tokens_seen != "no":
@@ -261,15 +263,12 @@ class ORPOTrainer(TrainerBase):
         """Where to look and where to go on from, when the loss is not a number."""
         assert self.train_dataset is not None
         rows = sorted(int(self.train_dataset.row_numbers[pair]) for pair in error.pairs)
+        found = _continue_from(self.checkpoints.store.latest_good())
         return (
             f"at step {self.state.global_step + 1}, in the micro-batches with the training rows {rows} (from 0). "
-            f"The weights were not updated; {self._continue_from()}. Look at these rows, lower learning_rate or "
+            f"The weights were not updated; {found}. Look at these rows, lower learning_rate or "
             "max_grad_norm, or train in bf16 instead of fp16."
         )
-
-    def _continue_from(self) -> str:
-        good = self.checkpoints.store.latest_good()
-        return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -432,3 +431,7 @@ class ORPOTrainer(TrainerBase):
         """Write `README.md` into `output_dir`, unless a person wrote one. What is named here stays for later cards."""
         self.publisher.name_card(model_name, dataset_name, tags)
         self.publisher.write_card(self.args.run_dir, self.state)
+
+
+def _continue_from(good: Path | None) -> str:
+    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"

@@ -189,6 +189,10 @@ class CheckpointStore:
                 logger.warning("skipping %s, which is not a good checkpoint: %s", folder, "; ".join(problems))
         return None
 
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose files have their sizes, or None. Not collective: for a rank that fails alone."""
+        return next((folder for folder in self.checkpoints() if not problems_by_size(folder)), None)
+
     def prune(self, *, keep: Iterable[Path] = (), keep_newest: bool = True) -> list[Path]:
         """Delete the oldest checkpoints beyond `save_total_limit`. Collective.
 

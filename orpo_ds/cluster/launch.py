@@ -269,9 +269,7 @@ def _own_environment() -> dict[str, str]:
 
 def _job_command(*words: str) -> str:
     """`python -m orpo_ds.cluster.job WORDS`, for a shell on a host."""
-    exports = shell_lines(
-        {"PYTHONPATH": os.pathsep.join(["", os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
-    )
+    exports = shell_lines({"PYTHONPATH": os.environ.get("PYTHONPATH", "").strip(os.pathsep)})
     command = shlex.join([sys.executable, "-m", "orpo_ds.cluster.job", *words])
     return f"{exports.strip()}; cd {shlex.quote(os.getcwd())}; {command}"
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orpo_ds.cluster import slurm
 from orpo_ds.cluster.hostfile import read_hostfile
 from orpo_ds.cluster.preflight_allreduce import Reduction
 from orpo_ds.cluster.preflight_compare import (
@@ -306,18 +306,19 @@ def slurm_slots() -> dict[str, int]:
     """Hosts of this SLURM job, each with its tasks.
 
     Raises:
-        ValueError: this is no SLURM job.
+        ValueError: this is no SLURM job, or SLURM does not say which hosts it has.
     """
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if nodes is None:
         raise ValueError(
             "--slurm: there is no job here (SLURM_JOB_NODELIST is not set). Call it in a batch script."
         )
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-    )
+    try:
+        listed = slurm.run("scontrol", "show", "hostnames", nodes)
+    except slurm.SlurmError as error:
+        raise ValueError(f"--slurm: {error}") from error
     tasks = int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
-    return dict.fromkeys(listed.stdout.split(), tasks)
+    return dict.fromkeys(listed.split(), tasks)
 
 
 def parser() -> argparse.ArgumentParser:

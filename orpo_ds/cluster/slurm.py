@@ -50,19 +50,21 @@ def run(*words: str, stdin: str | None = None) -> str:
     return answer.stdout
 
 
-def facts(job: str) -> dict[str, str]:
-    """What `scontrol show job` says, by name."""
-    return dict(re.findall(r"(\w+)=(\S*)", run("scontrol", "--oneliner", "show", "job", job)))
+def facts(job: str) -> list[dict[str, str]]:
+    """What `scontrol show job` says, by name: of the job, or of each task of an array."""
+    lines = run("scontrol", "--oneliner", "show", "job", job).splitlines()
+    return [found for line in lines if (found := dict(re.findall(r"(\w+)=(\S*)", line)))]
 
 
 def is_ending(job: str) -> bool:
     """Whether SLURM ends a job whose script still runs: it was cancelled or requeued, a node died, the time is up."""
-    return facts(job)["JobState"] != "RUNNING"
+    return facts(job)[-1]["JobState"] != "RUNNING"
 
 
 def time_is_up(job: str) -> bool:
     """Whether SLURM ends a job because it has reached its time limit."""
-    return is_ending(job) and facts(job)["Reason"] == "TimeLimit"
+    found = facts(job)[-1]
+    return found["JobState"] != "RUNNING" and found["Reason"] == "TimeLimit"
 
 
 def queued(job: str) -> dict[str, str]:
@@ -83,14 +85,13 @@ def queued(job: str) -> dict[str, str]:
 def final_states(job: str) -> dict[str, str]:
     """How the tasks of a job ended, as far as SLURM still knows: `COMPLETED`, `FAILED`, `CANCELLED`, ..."""
     try:
-        text = run("scontrol", "--oneliner", "show", "job", job)
+        jobs = facts(job)
     except SlurmError:
         return {}
     found = {}
-    for line in text.splitlines():
-        facts = dict(re.findall(r"(\w+)=(\S*)", line))
-        task = facts.get("ArrayTaskId")
-        found[f"{facts['ArrayJobId']}_{task}" if task else facts["JobId"]] = facts["JobState"]
+    for each in jobs:
+        task = each.get("ArrayTaskId")
+        found[f"{each['ArrayJobId']}_{task}" if task else each["JobId"]] = each["JobState"]
     return found
 
 

@@ -90,6 +90,21 @@ def test_a_killed_save_loses_nothing(tmp_path: Path, where: str) -> None:
     assert {path.name: content_of(path) for path in tmp_path.iterdir()} == before
 
 
+def test_a_rank_that_fails_alone_finds_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    """It asks no other rank: they wait for it in a collective of the step."""
+    for step in (10, 20):
+        store_in(tmp_path).save(writer(), metadata(step))
+    (tmp_path / "checkpoint-20" / "args.json").unlink()
+
+    def all_gather(_: object) -> list[object]:
+        raise AssertionError("it asked the others")
+
+    alone = CheckpointStore(
+        tmp_path, save_total_limit=None, ranks=Ranks(rank=1, world_size=2, all_gather=all_gather)
+    )
+    assert alone.newest_whole() == tmp_path / "checkpoint-10"
+
+
 @pytest.fixture
 def tiny_disk(disk_of: Callable[[str], Path]) -> Path:
     """A file system of one MiB."""

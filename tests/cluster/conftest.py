@@ -6,11 +6,9 @@ the hosts to its end would let the others wait for nothing. They come up in abou
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,11 +20,9 @@ from tests.cluster.virtual_hosts import (
     VirtualHosts,
     missing,
     run_tool,
+    sole_use,
     tools_folder,
 )
-
-# One set of hosts a machine, so one lock a machine; also taken by hand: `flock /tmp/orpo-test-hosts.lock -c …`.
-LOCK = Path("/tmp/orpo-test-hosts.lock")
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +32,8 @@ def _machine() -> Iterator[None]:
         pytest.skip(f"no virtual hosts: {tools_folder()} is missing; ORPO_TEST_TOOLS says where it is")
     if os.geteuid() != 0:
         pytest.skip("virtual hosts need root")
-    with LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            run_tool("slurm_down.sh")
-            run_tool("hosts_down.sh")
+    with sole_use():
+        yield
 
 
 def _bring_up(script: str, commands: tuple[str, ...]) -> None:

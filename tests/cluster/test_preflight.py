@@ -183,5 +183,6 @@ def test_a_slow_network_is_measured_and_an_all_reduce_that_does_not_end_is_given
     # Never faster than the limit, but for its burst of 256 kB within the two seconds that are measured.
     assert len(rates) == 2
     assert all(0 <= rate < 0.004 + 8 * 256e3 / 2e9 for rate in rates), output
+    assert max(rates) > 0, output
     assert {host for host, thing, _ in found if thing == "all-reduce"} == {"node1", "node2"}, output
     assert "came as far as 'met': no end within 25 s" in output

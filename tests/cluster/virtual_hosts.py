@@ -1,17 +1,19 @@
 """Hosts and a SLURM cluster on this one machine, made of Linux namespaces by the scripts of `shared/tools`.
 
 `shared/tools/README.md` says what such a host is. Files are shared between them, as on a cluster with a shared home;
-network, processes, `/dev/shm` and mounts are each host's own. Only one set can be up on a machine: `conftest.py` holds
-a lock while a test file uses it.
+network, processes, `/dev/shm` and mounts are each host's own. Only one set can be up on a machine: `sole_use` is
+the lock that whoever uses it holds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from tests.environment import without_rendezvous
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLS_VARIABLE = "ORPO_TEST_TOOLS"
+# One set of hosts a machine, so one lock a machine; also taken by hand: `flock /tmp/orpo-test-hosts.lock -c …`.
+LOCK = Path("/tmp/orpo-test-hosts.lock")
 _ROOT = os.environ.get("ORPO_TEST_ROOT")  # as the scripts read it
 HOSTS_ROOT = Path(_ROOT, "hosts") if _ROOT else Path("/tmp/orpo-test-hosts")
 SLURM_ROOT = Path(_ROOT, "slurm") if _ROOT else Path("/tmp/orpo-test-slurm")
@@ -27,6 +31,18 @@ RUN_TIMEOUT_S = 420  # of a run on the hosts, however busy the machine is
 NODES = 2
 HOST_COMMANDS = ("ip", "pdsh", "sshd", "ssh", "nsenter")
 SLURM_COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged")
+
+
+@contextmanager
+def sole_use() -> Iterator[None]:
+    """Wait until no one else on this machine uses virtual hosts; take down, at the end, what is up."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            run_tool("slurm_down.sh")
+            run_tool("hosts_down.sh")
 
 
 def tools_folder() -> Path:
