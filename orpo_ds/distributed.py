@@ -70,6 +70,7 @@ def start_process_group(*, timeout_s: int, backend: str | None = None) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
     elif not dist.is_backend_available(backend):
         raise ValueError(f"ddp_backend={backend!r}: this torch has no such backend. Leave it out.")
+    _unlink_shared_memory()  # a job that was killed while it started, on this port, left its buffer
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -77,7 +78,8 @@ def start_process_group(*, timeout_s: int, backend: str | None = None) -> None:
         verbose=False,
     )
     if backend == "gloo":
-        atexit.register(_remove_shared_memory)
+        dist.barrier()  # by now every rank has mapped the buffers of the others
+        _unlink_shared_memory()
         atexit.register(let_workers_finish)
 
 
@@ -143,8 +145,12 @@ def data_size() -> int:
     return world_size() // _tensor_parallel_size
 
 
-def _remove_shared_memory() -> None:
-    """Delete this rank's buffer of DeepSpeed's collectives over shared memory: 69 MB that it leaves behind."""
+def _unlink_shared_memory() -> None:
+    """Take the name from this rank's buffer of DeepSpeed's collectives over shared memory.
+
+    DeepSpeed never does: 69 MB stayed in `/dev/shm` of each rank that was killed, and a rank of the next job on this
+    port could take an old state in them for a new one. Memory without a name lives as long as a process maps it.
+    """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"
     Path("/dev/shm", name).unlink(missing_ok=True)

@@ -1,5 +1,8 @@
 """The process group that a run joins."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +52,53 @@ def test_a_local_rank_that_is_not_the_launchers(tmp_path: Path, monkeypatch: pyt
     assert settings(tmp_path / "run", local_rank=0).local_process_index == 0
     with pytest.raises(ValueError, match="local_rank=3, but the launcher's LOCAL_RANK says 0"):
         settings(tmp_path / "run", local_rank=3)
+
+
+KILLED = """
+import os, signal, sys
+import deepspeed, torch
+from orpo_ds import distributed
+rank, port = sys.argv[1:]
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+distributed.start_process_group(timeout_s=60)
+own = torch.full((1000,), 1.0 + distributed.rank())
+deepspeed.comm.inference_all_reduce(own)
+maps = open("/proc/self/maps").read().splitlines()
+print(own.sum().item(), sum("deepspeed_allreduce_buffer" in line for line in maps), flush=True)
+deepspeed.comm.barrier()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.distributed
+def test_ranks_that_are_killed_leave_no_shared_memory() -> None:
+    """Nor do they meet that of a job before them, here filled with what no rank has written."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    left = [
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{rank}") for rank in (0, 1)
+    ]
+    for path in left:
+        path.write_bytes(b"\xff" * 70_000_000)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(rank), str(port)],
+            cwd=REPOSITORY,
+            env=without_rendezvous(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said = [rank.communicate(timeout=200)[0].splitlines()[-1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert said == ["3000.0 2"] * 2  # the sum went through the buffers of both ranks
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * 2
+    assert not any(path.exists() for path in left)
 
 
 @pytest.mark.distributed
