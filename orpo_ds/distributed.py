@@ -70,7 +70,6 @@ def start_process_group(*, timeout_s: int, backend: str | None = None) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
     elif not dist.is_backend_available(backend):
         raise ValueError(f"ddp_backend={backend!r}: this torch has no such backend. Leave it out.")
-    _unlink_shared_memory()  # a job that was killed while it started, on this port, left its buffer
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -78,7 +77,7 @@ def start_process_group(*, timeout_s: int, backend: str | None = None) -> None:
         verbose=False,
     )
     if backend == "gloo":
-        dist.barrier()  # by now every rank has mapped the buffers of the others
+        dist.barrier()  # by now every rank has written its buffer and mapped those of the others
         _unlink_shared_memory()
         atexit.register(let_workers_finish)
 

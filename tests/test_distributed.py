@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,19 +70,15 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.distributed
-def test_ranks_that_are_killed_leave_no_shared_memory() -> None:
+def test_ranks_that_are_killed_leave_no_shared_memory(free_port: int) -> None:
     """Nor do they meet that of a job before them, here filled with what no rank has written."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    left = [
-        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{rank}") for rank in (0, 1)
-    ]
+    names = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{free_port}"
+    left = [Path(f"/dev/shm/{names}_{rank}") for rank in (0, 1)]
     for path in left:
         path.write_bytes(b"\xff" * 70_000_000)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(rank), str(port)],
+            [sys.executable, "-c", KILLED, str(rank), str(free_port)],
             cwd=REPOSITORY,
             env=without_rendezvous(),
             stdout=subprocess.PIPE,
